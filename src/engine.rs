@@ -1,0 +1,1313 @@
+//! One core: its connections, its shards, and its links to the other cores. The library's face for everything that moves
+//! bytes; it moves none itself.
+//!
+//! A runtime calls, in each turn of its loop: [`Engine::begin_turn`] with the time; what happened ([`Engine::received`],
+//! [`Engine::sent`], [`Engine::requests`], [`Engine::replies`], ...); [`Engine::end_turn`]; and then does what the engine
+//! wants: sends batches to other cores ([`Engine::outgoing`]) and looks after the connections in [`Engine::attention`].
+//! Nothing here waits, allocates per request, or knows a socket.
+
+use crate::budget::{Budget, Pool};
+use crate::config::Config;
+use crate::encoding::{Reader, Rope, push_broadcast, push_command, read_broadcast, read_command, reads_large};
+use crate::metrics::{ConnectionFacts, Counters, Metrics, PrefixCounts, Report};
+use crate::model::{Broadcast, Class, Command, CoreId, Op, Reply, UnixMillis, Value};
+use crate::partition::{Place, RangeTable};
+use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, ServerFacts, Shape, Step};
+use crate::session::{Blocked, Gather, Incoming, Session, Slot};
+use crate::shard::{Context, Shard};
+use ahash::AHashMap;
+use bumpalo::Bump;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
+/// asked for while the others are decoded.
+const WINDOW: usize = 16;
+/// Buffers kept for reuse, and the largest that is worth keeping.
+const BUFFERS_KEPT_MAX: usize = 256;
+const BUFFER_KEPT_BYTES_MAX: usize = 64 * 1024;
+/// Key prefixes that `stats detail` tells apart on one core; further ones are not counted.
+const PREFIXES_MAX: usize = 1000;
+/// Buckets looked at for expired items, per shard: at least this many for each millisecond that passed, and at most so many
+/// in one turn.
+const SWEEP_BUCKETS_PER_MS: u64 = 64;
+const SWEEP_BUCKETS_MAX: u64 = 4096;
+
+/// What travels between two cores in one turn: records without a gap, and the large values they refer to.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The records.
+    pub rope: Rope,
+}
+
+/// Both directions of traffic with one other core, as far as this core sends it.
+struct Link {
+    requests: Box<Batch>,
+    replies: Box<Batch>,
+    /// Requests sent, or about to be, and not answered; and what they cost in bytes.
+    used_requests: u32,
+    used_bytes: u64,
+    /// Sessions that wait for credit, the longest waiting first.
+    waiters: VecDeque<u32>,
+}
+
+/// What a connection needs from the runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wants {
+    /// There are bytes to send.
+    pub send: bool,
+    /// It is to be closed: all is said, or it failed.
+    pub close: bool,
+    /// It is to be read.
+    pub read: bool,
+}
+
+/// What came of a row that was to be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// It is stored.
+    Stored,
+    /// Another core owns its key.
+    NotMine,
+    /// The memory limit does not allow it.
+    OutOfMemory,
+}
+
+/// The kinds of batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Requests to the owner of a key.
+    Requests,
+    /// Replies to the core that has the connection.
+    Replies,
+}
+
+/// One core. See the module's text.
+pub struct Engine {
+    core: CoreId,
+    config: Arc<Config>,
+    table: Arc<RangeTable>,
+    shards: Vec<Shard>,
+    first_shard: u16,
+    sessions: Vec<Option<Box<Session>>>,
+    free_sessions: Vec<u32>,
+    connections: u64,
+    links: Vec<Link>,
+    budget: Budget,
+    /// What this core counts.
+    pub metrics: Metrics,
+    prefixes: Option<AHashMap<Vec<u8>, PrefixCounts>>,
+    process: ProcessFacts,
+    attention: Vec<u32>,
+    buffers: Vec<Vec<u8>>,
+    batches: Vec<Box<Batch>>,
+    arena: Bump,
+    value_bytes_max: usize,
+    now: UnixMillis,
+    now_ns: u64,
+    started_ns: u64,
+    ticked_ms: u64,
+    timeouts_checked_ms: u64,
+    background: bool,
+    stop_asked: bool,
+}
+
+const REQUEST_HEADER_BYTES: usize = 32;
+const REPLY_HEADER_BYTES: usize = 16;
+const COMMAND: u8 = 0;
+const BROADCAST: u8 = 1;
+
+/// A request that was decoded and is yet to be executed.
+struct Planned<'a> {
+    command: Command<'a>,
+    shape: Shape<'a>,
+    place: Place,
+    shard: u16,
+    /// The link it goes over; `None` for this core's own.
+    link: Option<u16>,
+}
+
+impl Engine {
+    /// Core `core` of `table.cores()`, empty.
+    pub fn new(core: CoreId, table: Arc<RangeTable>, pool: Arc<Pool>, config: Arc<Config>, now: UnixMillis) -> Self {
+        let mut budget = Budget::new(pool);
+        let owned: Vec<_> = table.shards_of(core).collect();
+        let partitioner = table.partitioner();
+        let shards = owned
+            .iter()
+            .map(|_| Shard::new(partitioner, now, &mut budget))
+            .collect();
+        let link = |_| Link {
+            requests: Box::default(),
+            replies: Box::default(),
+            used_requests: 0,
+            used_bytes: 0,
+            waiters: VecDeque::new(),
+        };
+        Self {
+            core,
+            links: (0..table.cores()).map(link).collect(),
+            first_shard: owned.first().map_or(0, |shard| shard.0),
+            shards,
+            table,
+            sessions: vec![],
+            free_sessions: vec![],
+            connections: 0,
+            budget,
+            metrics: Metrics::default(),
+            prefixes: None,
+            process: ProcessFacts::default(),
+            attention: vec![],
+            buffers: vec![],
+            batches: vec![],
+            arena: Bump::new(),
+            value_bytes_max: usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX),
+            config,
+            now,
+            now_ns: 0,
+            started_ns: 0,
+            ticked_ms: now.0,
+            timeouts_checked_ms: now.0,
+            background: false,
+            stop_asked: false,
+        }
+    }
+
+    /// Starts a turn. `now_ns` is a monotonic clock of the runtime's choice.
+    pub fn begin_turn(&mut self, now_ns: u64, now: UnixMillis) {
+        if self.started_ns == 0 {
+            self.started_ns = now_ns;
+        }
+        self.now_ns = now_ns;
+        self.now = now;
+        self.metrics.counters.turns += 1;
+        if now.0 != self.ticked_ms {
+            self.tick();
+        }
+    }
+
+    /// Work that time brings, a bounded piece of it.
+    fn tick(&mut self) {
+        let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
+        self.ticked_ms = self.now.0;
+        let buckets = passed_ms.saturating_mul(SWEEP_BUCKETS_PER_MS).min(SWEEP_BUCKETS_MAX);
+        self.tick_shards(buckets as usize);
+        if self.now.0.saturating_sub(self.timeouts_checked_ms) >= 500 {
+            self.timeouts_checked_ms = self.now.0;
+            self.check_timeouts();
+        }
+    }
+
+    fn tick_shards(&mut self, buckets: usize) {
+        let mut context = Context {
+            now: self.now,
+            budget: &mut self.budget,
+            counters: &mut self.metrics.counters,
+            value_bytes_max: self.value_bytes_max,
+        };
+        self.background = false;
+        for shard in &mut self.shards {
+            self.background |= shard.tick(&mut context, buckets);
+        }
+    }
+
+    /// There is work to do even if nothing happens: the runtime should come again soon instead of sleeping.
+    pub fn has_background_work(&mut self) -> bool {
+        if self.background {
+            self.tick_shards(0);
+        }
+        self.background
+    }
+
+    fn check_timeouts(&mut self) {
+        let idle_ms = self.config.limits.idle_timeout.as_millis() as u64;
+        let write_ms = self.config.limits.write_timeout.as_millis() as u64;
+        for id in 0..self.sessions.len() {
+            let Some(session) = &mut self.sessions[id] else {
+                continue;
+            };
+            let idle = idle_ms > 0
+                && session.output_bytes() == 0
+                && session.in_flight() == 0
+                && self.now.0.saturating_sub(session.last_received_ms) >= idle_ms;
+            let stuck = write_ms > 0
+                && !session.output.is_empty()
+                && self.now.0.saturating_sub(session.last_sent_ms) >= write_ms;
+            if (idle || stuck) && !session.close_told {
+                self.metrics.counters.connections_timed_out += 1;
+                self.fail(id as u32);
+            }
+        }
+    }
+
+    /// Facts about the process, for statistics.
+    pub fn set_process_facts(&mut self, facts: ProcessFacts) {
+        self.process = facts;
+    }
+
+    /// A client asked to stop the server.
+    pub fn stop_asked(&self) -> bool {
+        self.stop_asked
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Stores a row that is loaded before connections are served, if its key is one of this core's.
+    pub fn load(&mut self, key: &[u8], value: &[u8]) -> Loaded {
+        let place = self.table.place(key);
+        let shard = self.table.shard_of(place.token);
+        if self.table.core_of(shard) != self.core {
+            return Loaded::NotMine;
+        }
+        let large = (value.len() >= crate::model::LARGE_VALUE_BYTES).then(|| Bytes::copy_from_slice(value));
+        let put = crate::model::Put {
+            value: large.as_ref().map_or(Value::Small(value), Value::Large),
+            flags: 0,
+            deadline: crate::model::Deadline::Never,
+            combine: crate::model::Combine::Replace,
+            condition: crate::model::Condition::Always,
+            version: crate::model::NewVersion::OnDemand,
+            accept_as_stale: false,
+            create: None,
+        };
+        let command = Command { key, op: Op::Put(put) };
+        let mut context = Context {
+            now: self.now,
+            budget: &mut self.budget,
+            counters: &mut Counters::default(),
+            value_bytes_max: usize::MAX,
+        };
+        let shard = &mut self.shards[usize::from(shard.0 - self.first_shard)];
+        match shard.execute(place.hash, &command, &mut context) {
+            Reply::Stored(_) => Loaded::Stored,
+            _ => Loaded::OutOfMemory,
+        }
+    }
+
+    // ---- connections ----
+
+    /// A connection was accepted. The number names it until [`Engine::closed`].
+    pub fn opened(&mut self, protocol: Protocol, peer: String) -> u32 {
+        self.metrics.counters.connections_opened += 1;
+        self.connections += 1;
+        let session = Some(Box::new(Session::new(protocol, peer, self.now.0)));
+        match self.free_sessions.pop() {
+            Some(id) => {
+                self.sessions[id as usize] = session;
+                id
+            }
+            None => {
+                self.sessions.push(session);
+                (self.sessions.len() - 1) as u32
+            }
+        }
+    }
+
+    /// The connection's socket is closed and no operation on it is under way.
+    pub fn closed(&mut self, id: u32) {
+        let Some(session) = &mut self.sessions[id as usize] else {
+            return;
+        };
+        session.gone = true;
+        session.closing = true;
+        session.socket_closed = true;
+        self.connections -= 1;
+        if let Some(incoming) = session.incoming.take() {
+            self.budget.release(incoming.bytes);
+        }
+        if let Blocked::Credit(link) = std::mem::replace(&mut session.blocked, Blocked::Own) {
+            self.links[usize::from(link)].waiters.retain(|waiter| *waiter != id);
+        }
+        self.forget_if_done(id);
+    }
+
+    /// Frees the session when neither a socket nor a reply can name it any more.
+    fn forget_if_done(&mut self, id: u32) {
+        if let Some(session) = &self.sessions[id as usize]
+            && session.socket_closed
+            && session.in_flight() == 0
+            && !session.listed
+        {
+            self.sessions[id as usize] = None;
+            self.free_sessions.push(id);
+        }
+    }
+
+    /// Has the runtime look after a connection whose state it changed itself.
+    pub fn needs_attention(&mut self, id: u32) {
+        if let Some(session) = self.take(id) {
+            self.put_back(id, session);
+        }
+    }
+
+    /// Takes a session out, so that it and the rest of the engine can be used side by side.
+    #[inline]
+    fn take(&mut self, id: u32) -> Option<Box<Session>> {
+        self.sessions.get_mut(id as usize)?.take()
+    }
+
+    #[inline]
+    fn put_back(&mut self, id: u32, mut session: Box<Session>) {
+        if !session.listed {
+            session.listed = true;
+            self.attention.push(id);
+        }
+        self.sessions[id as usize] = Some(session);
+    }
+
+    /// Bytes came.
+    #[inline]
+    pub fn received(&mut self, id: u32, bytes: &[u8]) {
+        self.metrics.counters.bytes_received += bytes.len() as u64;
+        let Some(mut session) = self.take(id) else { return };
+        session.last_received_ms = self.now.0;
+        if session.closing || session.gone {
+            self.sessions[id as usize] = Some(session);
+            return;
+        }
+        if session.input.is_empty() {
+            let used = self.advance(&mut session, id, bytes, None);
+            if used < bytes.len() && !session.closing {
+                if session.input.capacity() == 0 {
+                    session.input = self.buffers.pop().unwrap_or_default();
+                }
+                session.input.extend_from_slice(&bytes[used..]);
+            }
+        } else {
+            session.input.extend_from_slice(bytes);
+            self.advance_input(&mut session, id, None);
+        }
+        self.put_back(id, session);
+    }
+
+    /// The client sends no more. What it sent is still answered.
+    pub fn ended(&mut self, id: u32) {
+        let Some(mut session) = self.take(id) else { return };
+        session.ended = true;
+        if session.blocked == Blocked::No {
+            session.closing = true;
+        }
+        self.put_back(id, session);
+    }
+
+    /// The connection broke. Nothing more is sent.
+    pub fn failed(&mut self, id: u32) {
+        self.fail(id);
+    }
+
+    fn fail(&mut self, id: u32) {
+        let Some(mut session) = self.take(id) else { return };
+        session.closing = true;
+        session.gone = true;
+        // Bytes that a send is under way with must keep their place until it is done.
+        session.output.filling.clear(0);
+        self.put_back(id, session);
+    }
+
+    /// The socket took bytes of the connection's output.
+    #[inline]
+    pub fn sent(&mut self, id: u32, bytes: usize) {
+        self.metrics.counters.bytes_sent += bytes as u64;
+        let Some(mut session) = self.take(id) else { return };
+        session.last_sent_ms = self.now.0;
+        if let Some(buffer) = session.output.sent(bytes) {
+            self.keep_buffer(buffer);
+        }
+        self.resume_own(&mut session, id);
+        let more = !session.output.is_empty() || session.closing || session.paused;
+        if more {
+            self.put_back(id, session);
+        } else {
+            self.sessions[id as usize] = Some(session);
+        }
+    }
+
+    fn keep_buffer(&mut self, mut buffer: Vec<u8>) {
+        if self.buffers.len() < BUFFERS_KEPT_MAX && buffer.capacity() <= BUFFER_KEPT_BYTES_MAX {
+            buffer.clear();
+            self.buffers.push(buffer);
+        }
+    }
+
+    /// Goes on with a session that stood at its own limits, when it no longer does.
+    #[inline]
+    fn resume_own(&mut self, session: &mut Session, id: u32) {
+        if session.blocked == Blocked::Own && !session.gone && !self.at_own_limit(session) {
+            session.blocked = Blocked::No;
+            self.advance_input(session, id, None);
+        }
+    }
+
+    #[inline]
+    fn at_own_limit(&self, session: &Session) -> bool {
+        session.in_flight() >= self.config.limits.requests_in_flight_max as usize
+            || session.output_bytes() as u64 >= self.config.limits.output_bytes_max.0
+    }
+
+    /// Decodes from the session's own input.
+    fn advance_input(&mut self, session: &mut Session, id: u32, resumed: Option<u16>) {
+        let mut input = std::mem::take(&mut session.input);
+        let used = self.advance(session, id, &input, resumed);
+        if used == input.len() || session.closing {
+            self.keep_buffer(input);
+        } else {
+            input.drain(..used);
+            session.input = input;
+        }
+        if session.ended && session.blocked == Blocked::No {
+            session.closing = true;
+        }
+    }
+
+    /// Decodes and executes what can be; returns how much of `input` that took. `resumed`: the link whose queue the session
+    /// has just left.
+    fn advance(&mut self, session: &mut Session, id: u32, input: &[u8], resumed: Option<u16>) -> usize {
+        if session.output.filling.flat.capacity() == 0 {
+            session.output.filling.flat = self.buffers.pop().unwrap_or_default();
+        }
+        if session.output.is_empty() {
+            session.last_sent_ms = self.now.0;
+        }
+        let mut arena = std::mem::take(&mut self.arena);
+        let mut at = 0;
+        while at < input.len() && session.blocked == Blocked::No && !session.closing {
+            let rest = &input[at..];
+            if session.swallow > 0 {
+                let skipped = session.swallow.min(rest.len());
+                session.swallow -= skipped;
+                at += skipped;
+                continue;
+            }
+            arena.reset();
+            let (used, go_on) = match session.incoming.take() {
+                Some(incoming) => self.collect(session, id, incoming, rest, &arena, resumed),
+                None => self.window(session, id, rest, &arena, resumed),
+            };
+            at += used;
+            if !go_on {
+                break;
+            }
+        }
+        self.arena = arena;
+        at
+    }
+
+    fn env<'a>(&self, arena: &'a Bump) -> Env<'a> {
+        Env {
+            now: self.now,
+            key_bytes_max: usize::from(self.config.limits.key_size_max),
+            value_bytes_max: self.value_bytes_max,
+            shutdown_enabled: self.config.enable_shutdown,
+            arena,
+        }
+    }
+
+    /// Decodes up to [`WINDOW`] requests, asks for the memory they need, and executes them in order. Returns how much of
+    /// `input` was used, and whether to go on.
+    fn window<'a>(
+        &mut self,
+        session: &mut Session,
+        id: u32,
+        input: &'a [u8],
+        arena: &'a Bump,
+        resumed: Option<u16>,
+    ) -> (usize, bool) {
+        let env = self.env(arena);
+        let mut planned = arrayvec::ArrayVec::<Planned<'a>, WINDOW>::new();
+        let mut at = 0;
+        let mut go_on = true;
+        let mut last: Option<Step<'a>> = None;
+        let mut room = (self.config.limits.requests_in_flight_max as usize).saturating_sub(session.in_flight());
+        if session.output_bytes() as u64 >= self.config.limits.output_bytes_max.0 {
+            room = 0;
+        }
+        while at < input.len() && !planned.is_full() {
+            if planned.len() >= room {
+                if planned.is_empty() {
+                    session.blocked = Blocked::Own;
+                    go_on = false;
+                }
+                break;
+            }
+            let step = session.decoder.step(&input[at..], &env);
+            let Decoded::Command(command, shape) = step.decoded else {
+                if let Decoded::Incomplete = step.decoded {
+                    go_on = false;
+                } else {
+                    last = Some(step);
+                }
+                break;
+            };
+            let place = self.table.place(command.key);
+            let shard = self.table.shard_of(place.token).0;
+            let link = self.link_of(shard);
+            if let Some(link) = link {
+                if !self.take_credit(link, cost_bytes(&command, &shape), resumed) {
+                    self.block_on(session, id, link);
+                    go_on = false;
+                    break;
+                }
+            } else {
+                self.shards[usize::from(shard - self.first_shard)]
+                    .store()
+                    .prefetch_bucket(place.hash);
+            }
+            at += step.used;
+            session.decoder = step.next;
+            planned.push(Planned {
+                command,
+                shape,
+                place,
+                shard,
+                link,
+            });
+            if step.swallow > 0 {
+                session.swallow = step.swallow;
+                break;
+            }
+        }
+        if planned.len() > 1 {
+            for request in planned.iter().filter(|request| request.link.is_none()) {
+                self.shards[usize::from(request.shard - self.first_shard)]
+                    .store()
+                    .prefetch_item(request.place.hash);
+            }
+        }
+        for request in &planned {
+            self.run(session, id, request);
+        }
+        if let Some(step) = last {
+            let (used, proceed) = self.special(session, id, &step, &input[at..], resumed);
+            at += used;
+            go_on &= proceed;
+        }
+        (at, go_on)
+    }
+
+    /// The link to the core that owns `shard`; `None` for this core.
+    #[inline]
+    fn link_of(&self, shard: u16) -> Option<u16> {
+        let local = shard.wrapping_sub(self.first_shard);
+        if usize::from(local) < self.shards.len() {
+            return None;
+        }
+        Some(self.table.core_of(crate::model::ShardId(shard)).0)
+    }
+
+    /// Takes credit for one request; false when all is in use or others wait for it already.
+    #[inline]
+    fn take_credit(&mut self, link: u16, cost_bytes: u32, resumed: Option<u16>) -> bool {
+        let limits = &self.config.limits;
+        let state = &mut self.links[usize::from(link)];
+        let free = state.used_requests < limits.mesh_requests_max
+            && (state.used_requests == 0 || state.used_bytes + u64::from(cost_bytes) <= limits.mesh_bytes_max.0)
+            && (state.waiters.is_empty() || resumed == Some(link));
+        if free {
+            state.used_requests += 1;
+            state.used_bytes += u64::from(cost_bytes);
+        }
+        free
+    }
+
+    #[cold]
+    fn block_on(&mut self, session: &mut Session, id: u32, link: u16) {
+        self.metrics.counters.credit_waits += 1;
+        session.blocked = Blocked::Credit(link);
+        self.links[usize::from(link)].waiters.push_back(id);
+    }
+
+    /// Executes a request here, or sends it to its owner. Credit for that was taken.
+    #[inline]
+    fn run(&mut self, session: &mut Session, id: u32, request: &Planned<'_>) {
+        let class = request.command.op.class();
+        let (shape, command) = (&request.shape, &request.command);
+        if let Some(link) = request.link {
+            let cost_bytes = cost_bytes(command, shape);
+            let number = session.await_reply(class, self.now_ns, cost_bytes);
+            self.metrics.counters.forwarded += 1;
+            let rope = &mut self.links[usize::from(link)].requests.rope;
+            let start = push_request_header(rope, id, number, session.protocol, COMMAND, shape);
+            rope.flat[start + 12..start + 20].copy_from_slice(&request.place.hash.to_le_bytes());
+            rope.flat[start + 20..start + 22].copy_from_slice(&request.shard.to_le_bytes());
+            push_command(rope, command);
+            finish_request(rope, start);
+            return;
+        }
+        let shard = usize::from(request.shard - self.first_shard);
+        let (protocol, hash, now_ns) = (session.protocol, request.place.hash, self.now_ns);
+        if let Some(out) = session.direct() {
+            self.execute(shard, hash, command, protocol, shape, Target::Output(out));
+            self.metrics.answered(class);
+        } else {
+            session.hold(class, now_ns, |out| {
+                self.execute(shard, hash, command, protocol, shape, Target::Output(out));
+            });
+        }
+    }
+
+    /// Executes a command on one of this core's shards and encodes the reply.
+    #[inline]
+    fn execute(
+        &mut self,
+        shard: usize,
+        hash: u64,
+        command: &Command<'_>,
+        protocol: Protocol,
+        shape: &Shape<'_>,
+        target: Target<'_>,
+    ) {
+        let mut context = Context {
+            now: self.now,
+            budget: &mut self.budget,
+            counters: &mut self.metrics.counters,
+            value_bytes_max: self.value_bytes_max,
+        };
+        let reply = self.shards[shard].execute(hash, command, &mut context);
+        if let Some(prefixes) = &mut self.prefixes {
+            count_prefix(prefixes, command, &reply);
+        }
+        let out = match target {
+            Target::Output(out) => out,
+            Target::Link(link) => &mut self.links[link].replies.rope,
+        };
+        protocol::encode(protocol, shape, command.key, &reply, self.now, out);
+    }
+
+    /// Writes an answer that needs no shard, in its turn.
+    fn answer(&mut self, session: &mut Session, answer: &[u8]) {
+        match session.direct() {
+            Some(out) => {
+                out.push(answer);
+                self.metrics.answered(Class::Other);
+            }
+            None => session.hold(Class::Other, self.now_ns, |out| out.push(answer)),
+        }
+    }
+
+    /// Does what a step that is no command asks for. Returns how much of `input` (which begins with the step's) was used, and
+    /// whether to go on.
+    fn special(
+        &mut self,
+        session: &mut Session,
+        id: u32,
+        step: &Step<'_>,
+        input: &[u8],
+        resumed: Option<u16>,
+    ) -> (usize, bool) {
+        match step.decoded {
+            Decoded::Incomplete | Decoded::Command(..) => return (0, false),
+            Decoded::Nothing => {}
+            Decoded::Answer(answer) => self.answer(session, answer),
+            Decoded::Refused(answer) => {
+                self.metrics.counters.bad_requests += 1;
+                self.answer(session, answer);
+            }
+            Decoded::Broadcast(broadcast, shape) => {
+                if !self.broadcast(session, id, broadcast, &shape, resumed) {
+                    return (0, false);
+                }
+            }
+            Decoded::Settings => {
+                let mut settings = Rope::default();
+                protocol::encode_settings(session.protocol, &self.server_facts(), &mut settings);
+                self.answer(session, &settings.flat);
+            }
+            Decoded::MemoryLimit(bytes, answer) => {
+                self.budget.pool().set_limit(bytes);
+                self.answer(session, answer);
+            }
+            Decoded::Value(bytes) => {
+                let header = &input[..step.used];
+                if !self.budget.charge(bytes) {
+                    self.metrics.counters.out_of_memory += 1;
+                    let arena = Bump::new();
+                    let refused = session.decoder.without_memory(header, &self.env(&arena));
+                    if let Decoded::Refused(answer) = refused.decoded {
+                        self.answer(session, answer);
+                    }
+                    session.swallow = refused.swallow;
+                    return (step.used, true);
+                }
+                session.incoming = Some(Incoming {
+                    header: header.to_vec(),
+                    value: Vec::with_capacity(bytes),
+                    bytes,
+                });
+                return (step.used, true);
+            }
+            Decoded::Close => {
+                session.closing = true;
+                return (step.used, false);
+            }
+            Decoded::Shutdown => {
+                self.stop_asked = true;
+                session.closing = true;
+                return (step.used, false);
+            }
+        }
+        session.decoder = step.next;
+        session.swallow = step.swallow;
+        (step.used, true)
+    }
+
+    /// Goes on with a large value. Returns how much of `input` was used, and whether to go on.
+    fn collect(
+        &mut self,
+        session: &mut Session,
+        id: u32,
+        mut incoming: Incoming,
+        input: &[u8],
+        arena: &Bump,
+        resumed: Option<u16>,
+    ) -> (usize, bool) {
+        let taken = input.len().min(incoming.bytes - incoming.value.len());
+        incoming.value.extend_from_slice(&input[..taken]);
+        if incoming.value.len() < incoming.bytes {
+            session.incoming = Some(incoming);
+            return (taken, false);
+        }
+        let value = Bytes::from(std::mem::take(&mut incoming.value));
+        let env = self.env(arena);
+        let step = session
+            .decoder
+            .with_value(&incoming.header, &value, &input[taken..], &env);
+        let not_yet = match step.decoded {
+            Decoded::Incomplete => true,
+            Decoded::Command(command, shape) => {
+                let place = self.table.place(command.key);
+                let shard = self.table.shard_of(place.token).0;
+                let link = self.link_of(shard);
+                match link {
+                    Some(link) if !self.take_credit(link, cost_bytes(&command, &shape), resumed) => {
+                        self.block_on(session, id, link);
+                        true
+                    }
+                    _ => {
+                        // The shard charges the item itself.
+                        self.budget.release(incoming.bytes);
+                        let planned = Planned {
+                            command,
+                            shape,
+                            place,
+                            shard,
+                            link,
+                        };
+                        self.run(session, id, &planned);
+                        false
+                    }
+                }
+            }
+            _ => {
+                self.budget.release(incoming.bytes);
+                self.special(session, id, &step, &[], resumed);
+                false
+            }
+        };
+        if not_yet {
+            // Nobody else has the value yet, so this takes it back without copying.
+            incoming.value = Vec::from(value);
+            session.incoming = Some(incoming);
+            return (taken, false);
+        }
+        session.decoder = step.next;
+        session.swallow = step.swallow;
+        (taken + step.used, true)
+    }
+
+    /// Asks all cores. False, and nothing done, when credit is missing somewhere.
+    fn broadcast(
+        &mut self,
+        session: &mut Session,
+        id: u32,
+        broadcast: Broadcast,
+        shape: &Shape<'_>,
+        resumed: Option<u16>,
+    ) -> bool {
+        let cost_bytes = (REQUEST_HEADER_BYTES * 2) as u32;
+        let others: Vec<u16> = (0..self.links.len() as u16)
+            .filter(|link| *link != self.core.0)
+            .collect();
+        for (taken, link) in others.iter().enumerate() {
+            if !self.take_credit(*link, cost_bytes, resumed) {
+                others[..taken]
+                    .iter()
+                    .for_each(|link| self.release_credit(*link, cost_bytes));
+                self.block_on(session, id, *link);
+                return false;
+            }
+        }
+        let mut report = self.answer_broadcast(broadcast);
+        if let Report::Connections(connections) = &mut report {
+            // It is taken out of the list while it is served.
+            connections.push(self.connection_facts(id, session));
+        }
+        let gather = Gather {
+            shape_code: shape.code,
+            report,
+            missing: others.len() as u16,
+        };
+        let number = session.await_gathered(self.now_ns, cost_bytes, gather);
+        for link in others {
+            self.metrics.counters.forwarded += 1;
+            let rope = &mut self.links[usize::from(link)].requests.rope;
+            let start = push_request_header(rope, id, number, session.protocol, BROADCAST, &Shape::code(shape.code));
+            push_broadcast(&mut rope.flat, broadcast);
+            finish_request(rope, start);
+        }
+        self.finish_gathering(session, number);
+        true
+    }
+
+    /// Writes the reply of a gathering that misses nobody any more.
+    fn finish_gathering(&mut self, session: &mut Session, number: u32) {
+        let Some(gather) = session.gather(number) else { return };
+        if gather.missing > 0 {
+            return;
+        }
+        let report = std::mem::replace(&mut gather.report, Report::Done);
+        let shape = Shape::code(gather.shape_code);
+        let mut reply = Rope::default();
+        protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
+        let metrics = &mut self.metrics;
+        session.fill_gathered(number, reply, |slot| count_answered(metrics, slot));
+    }
+
+    fn server_facts(&self) -> ServerFacts<'_> {
+        ServerFacts {
+            config: &self.config,
+            process: self.process,
+            now: self.now,
+            memory_bytes_max: self.budget.pool().limit(),
+            cores: self.table.cores(),
+        }
+    }
+
+    /// Does this core's part of a broadcast.
+    fn answer_broadcast(&mut self, broadcast: Broadcast) -> Report {
+        match broadcast {
+            Broadcast::Flush(at) => {
+                let mut context = Context {
+                    now: self.now,
+                    budget: &mut self.budget,
+                    counters: &mut self.metrics.counters,
+                    value_bytes_max: self.value_bytes_max,
+                };
+                self.shards.iter_mut().for_each(|shard| shard.flush(at, &mut context));
+                self.background = true;
+                Report::Done
+            }
+            Broadcast::Metrics => {
+                let mut metrics = Metrics::default();
+                metrics.merge(&self.metrics);
+                let counters = &mut metrics.counters;
+                for shard in &self.shards {
+                    counters.items += shard.store().len() as u64;
+                    counters.item_bytes += shard.store().item_bytes() as u64;
+                    counters.index_bytes += shard.store().index_bytes() as u64;
+                }
+                counters.connections = self.connections;
+                counters.charged_bytes = self.budget.charged();
+                counters.uptime_ns = self.now_ns - self.started_ns;
+                Report::Metrics(vec![(self.core, metrics)])
+            }
+            Broadcast::ResetMetrics => {
+                self.metrics.reset();
+                Report::Done
+            }
+            Broadcast::Connections => {
+                let facts = self.sessions.iter().enumerate().filter_map(|(id, session)| {
+                    let session = session.as_ref().filter(|session| !session.gone)?;
+                    Some(self.connection_facts(id as u32, session))
+                });
+                Report::Connections(facts.collect())
+            }
+            Broadcast::PrefixStats(on) => {
+                self.prefixes = on.then(AHashMap::new);
+                Report::Done
+            }
+            Broadcast::PrefixDump => {
+                let prefixes = self.prefixes.iter().flatten();
+                Report::Prefixes(prefixes.map(|(prefix, counts)| (prefix.clone(), *counts)).collect())
+            }
+        }
+    }
+
+    fn connection_facts(&self, id: u32, session: &Session) -> ConnectionFacts {
+        ConnectionFacts {
+            core: self.core,
+            number: id,
+            protocol: session.protocol.name().to_owned(),
+            peer: session.peer.clone(),
+            idle_s: self.now.0.saturating_sub(session.last_received_ms) / 1000,
+        }
+    }
+
+    // ---- the mesh ----
+
+    /// Requests came from core `from`. The batch is emptied.
+    pub fn requests(&mut self, from: CoreId, mut batch: Box<Batch>) {
+        let link = usize::from(from.0);
+        let flat = std::mem::take(&mut batch.rope.flat);
+        let mut ahead = Reader(&flat);
+        let mut reader = Reader(&flat);
+        while !reader.0.is_empty() {
+            // Look ahead over a window, so that the memory of its requests is on its way before the first is executed.
+            let mut window = 0;
+            let looked_from = ahead;
+            while window < WINDOW && !ahead.0.is_empty() {
+                let record = record_of(&mut ahead);
+                if record[23] == COMMAND {
+                    let (hash, shard) = hash_and_shard(record);
+                    self.shards[usize::from(shard - self.first_shard)]
+                        .store()
+                        .prefetch_bucket(hash);
+                }
+                window += 1;
+            }
+            if window > 1 {
+                let mut again = looked_from;
+                for _ in 0..window {
+                    let record = record_of(&mut again);
+                    if record[23] == COMMAND {
+                        let (hash, shard) = hash_and_shard(record);
+                        self.shards[usize::from(shard - self.first_shard)]
+                            .store()
+                            .prefetch_item(hash);
+                    }
+                }
+            }
+            for _ in 0..window {
+                let record = record_of(&mut reader);
+                self.serve(link, record, &mut batch.rope);
+            }
+        }
+        batch.rope.flat = flat;
+        self.recycle(batch);
+    }
+
+    /// Executes one record of requests; its large value, when it has one, is the next of `large`.
+    #[inline]
+    fn serve(&mut self, link: usize, record: &[u8], large: &mut Rope) {
+        self.metrics.counters.served_for_others += 1;
+        let mut reader = Reader(&record[4..]);
+        let ids = reader.bytes(8);
+        let hash = reader.u64();
+        let shard = reader.u16();
+        let protocol = Protocol::ALL[usize::from(reader.u8())];
+        let kind = reader.u8();
+        let code = reader.u32();
+        let text_len = usize::from(reader.u16());
+        reader.u16();
+        let text = reader.bytes(text_len);
+        let replies = &mut self.links[link].replies.rope;
+        let (start, splices) = (replies.flat.len(), replies.splices.len());
+        replies.flat.extend_from_slice(ids);
+        replies.flat.extend_from_slice(&[0; REPLY_HEADER_BYTES - 8]);
+        if kind == BROADCAST {
+            let report = self.answer_broadcast(read_broadcast(&mut reader));
+            report.push(&mut self.links[link].replies.rope.flat);
+        } else {
+            // A spliced value belongs to the record whose command says so, and records are read in order.
+            let value = if reads_large(&reader) {
+                large.splices.pop_front()
+            } else {
+                None
+            };
+            let value = value.map(|splice| splice.bytes);
+            let command = read_command(&mut reader, value.as_ref());
+            let shape = Shape { code, text };
+            let shard = usize::from(shard - self.first_shard);
+            self.execute(shard, hash, &command, protocol, &shape, Target::Link(link));
+        }
+        let replies = &mut self.links[link].replies.rope;
+        let length = (replies.flat.len() - start - REPLY_HEADER_BYTES) as u32;
+        let splices = (replies.splices.len() - splices) as u16;
+        replies.flat[start + 8..start + 12].copy_from_slice(&length.to_le_bytes());
+        replies.flat[start + 12..start + 14].copy_from_slice(&splices.to_le_bytes());
+    }
+
+    /// Replies came from core `from`. The batch is emptied, sessions that waited go on.
+    pub fn replies(&mut self, from: CoreId, mut batch: Box<Batch>) {
+        let mut at = 0;
+        while at < batch.rope.flat.len() {
+            let mut header = Reader(&batch.rope.flat[at..at + REPLY_HEADER_BYTES]);
+            let (id, number) = (header.u32(), header.u32());
+            let (length, splices) = (header.u32() as usize, usize::from(header.u16()));
+            at += REPLY_HEADER_BYTES;
+            self.reply(from, id, number, &mut batch.rope, at, length, splices);
+            at += length;
+        }
+        self.recycle(batch);
+        self.resume_waiters(from.0);
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the fields of one record")]
+    #[inline]
+    fn reply(&mut self, from: CoreId, id: u32, number: u32, rope: &mut Rope, at: usize, length: usize, splices: usize) {
+        let mut session = self.take(id).expect("a session stays until all its replies have come");
+        self.release_credit(from.0, session.cost_bytes(number));
+        if let Some(gather) = session.gather(number) {
+            gather
+                .report
+                .merge(Report::read(&mut Reader(&rope.flat[at..at + length])));
+            gather.missing -= 1;
+            self.finish_gathering(&mut session, number);
+        } else {
+            if session.output.filling.flat.capacity() == 0 {
+                session.output.filling.flat = self.buffers.pop().unwrap_or_default();
+            }
+            if session.output.is_empty() {
+                session.last_sent_ms = self.now.0;
+            }
+            let metrics = &mut self.metrics;
+            session.fill(number, rope, at, length, splices, |slot| count_answered(metrics, slot));
+        }
+        if session.gone {
+            session.output.filling.clear(0);
+        }
+        self.resume_own(&mut session, id);
+        self.put_back(id, session);
+    }
+
+    fn release_credit(&mut self, link: u16, cost_bytes: u32) {
+        let link = &mut self.links[usize::from(link)];
+        link.used_requests -= 1;
+        link.used_bytes -= u64::from(cost_bytes);
+    }
+
+    /// Lets sessions go on that wait for credit, the longest waiting first, while there is credit.
+    fn resume_waiters(&mut self, link: u16) {
+        let waiting = self.links[usize::from(link)].waiters.len();
+        for _ in 0..waiting {
+            let state = &mut self.links[usize::from(link)];
+            let limits = &self.config.limits;
+            if state.used_requests >= limits.mesh_requests_max
+                || (state.used_requests > 0 && state.used_bytes >= limits.mesh_bytes_max.0)
+            {
+                break;
+            }
+            let Some(id) = state.waiters.pop_front() else { break };
+            let Some(mut session) = self.take(id) else { continue };
+            session.blocked = Blocked::No;
+            self.advance_input(&mut session, id, Some(link));
+            self.put_back(id, session);
+        }
+    }
+
+    fn recycle(&mut self, mut batch: Box<Batch>) {
+        if self.batches.len() < 2 * self.links.len() {
+            batch.rope.clear(BUFFER_KEPT_BYTES_MAX);
+            self.batches.push(batch);
+        }
+    }
+
+    /// What is to be sent to core `to` now; `None` when there is nothing. Called only when there is room for it: what is not
+    /// fetched stays and grows, and credit bounds how far.
+    #[inline]
+    pub fn outgoing(&mut self, to: CoreId, direction: Direction) -> Option<Box<Batch>> {
+        let link = &mut self.links[usize::from(to.0)];
+        let batch = match direction {
+            Direction::Requests => &mut link.requests,
+            Direction::Replies => &mut link.replies,
+        };
+        if batch.rope.is_empty() {
+            return None;
+        }
+        Some(std::mem::replace(batch, self.batches.pop().unwrap_or_default()))
+    }
+
+    /// There is something to send to core `to`.
+    #[inline]
+    pub fn has_outgoing(&self, to: CoreId, direction: Direction) -> bool {
+        let link = &self.links[usize::from(to.0)];
+        match direction {
+            Direction::Requests => !link.requests.rope.is_empty(),
+            Direction::Replies => !link.replies.rope.is_empty(),
+        }
+    }
+
+    // ---- what the runtime does next ----
+
+    /// Ends a turn: what was answered in it was answered now.
+    #[inline]
+    pub fn end_turn(&mut self, now_ns: u64) {
+        self.metrics.end_turn(self.now_ns, now_ns);
+    }
+
+    /// The next connection to look after.
+    #[inline]
+    pub fn attention(&mut self) -> Option<u32> {
+        loop {
+            let id = self.attention.pop()?;
+            if let Some(session) = &mut self.sessions[id as usize] {
+                session.listed = false;
+                if session.socket_closed {
+                    self.forget_if_done(id);
+                    continue;
+                }
+                return Some(id);
+            }
+        }
+    }
+
+    /// What the connection needs. Says "close" once.
+    #[inline]
+    pub fn wants(&mut self, id: u32) -> Wants {
+        let nothing = Wants {
+            send: false,
+            close: false,
+            read: false,
+        };
+        let Some(session) = &mut self.sessions[id as usize] else {
+            return nothing;
+        };
+        if session.close_told {
+            return nothing;
+        }
+        let said_all = session.closing && session.in_flight() == 0 && session.output.is_empty();
+        if session.gone || said_all {
+            session.close_told = true;
+            return Wants { close: true, ..nothing };
+        }
+        session.paused = session.closing
+            || session.ended
+            || session.blocked != Blocked::No && session.input.len() as u64 >= self.config.limits.input_bytes_max.0;
+        Wants {
+            send: !session.output.is_empty(),
+            close: false,
+            read: !session.paused,
+        }
+    }
+
+    /// The pieces of output to send now, in order. They stay where they are until [`Engine::sent`] has counted them all;
+    /// what is answered meanwhile waits behind them.
+    #[inline]
+    pub fn unsent(&mut self, id: u32) -> impl Iterator<Item = &[u8]> {
+        let session = self.sessions[id as usize].as_mut();
+        session.into_iter().flat_map(|session| {
+            session.output.start_sending();
+            session.output.unsent()
+        })
+    }
+
+    /// Open connections.
+    pub fn connections(&self) -> u64 {
+        self.connections
+    }
+
+    /// True when no request is under way: nothing is owed to a client or to another core.
+    pub fn is_quiet(&self) -> bool {
+        self.sessions
+            .iter()
+            .flatten()
+            .all(|session| session.output_bytes() == 0 && session.in_flight() == 0)
+            && self
+                .links
+                .iter()
+                .all(|link| link.used_requests == 0 && link.replies.rope.is_empty())
+    }
+
+    /// Closes all connections when what they sent so far is answered.
+    pub fn close_all(&mut self) {
+        for id in 0..self.sessions.len() as u32 {
+            if self.sessions[id as usize].is_some() {
+                self.ended(id);
+            }
+        }
+    }
+}
+
+/// Where a reply is encoded to.
+enum Target<'a> {
+    /// A connection's output.
+    Output(&'a mut Rope),
+    /// The replies to another core.
+    Link(usize),
+}
+
+fn count_answered(metrics: &mut Metrics, slot: &Slot) {
+    metrics.answered_later(slot.class, slot.arrived_ns, slot.forwarded);
+}
+
+/// What a request takes of its link's credit in bytes: its record, nearly, and its value.
+#[inline]
+fn cost_bytes(command: &Command<'_>, shape: &Shape<'_>) -> u32 {
+    let value = match &command.op {
+        Op::Put(put) => put.value.bytes().len(),
+        _ => 0,
+    };
+    (2 * REQUEST_HEADER_BYTES + command.key.len() + shape.text.len() + value) as u32
+}
+
+/// Appends a request's header and the text of its shape; returns where the record starts.
+///
+/// ```text
+/// 0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
+/// 24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command or broadcast
+/// ```
+#[inline]
+fn push_request_header(
+    rope: &mut Rope,
+    id: u32,
+    number: u32,
+    protocol: Protocol,
+    kind: u8,
+    shape: &Shape<'_>,
+) -> usize {
+    let start = rope.flat.len();
+    let mut header = [0; REQUEST_HEADER_BYTES];
+    header[4..8].copy_from_slice(&id.to_le_bytes());
+    header[8..12].copy_from_slice(&number.to_le_bytes());
+    header[22] = protocol as u8;
+    header[23] = kind;
+    header[24..28].copy_from_slice(&shape.code.to_le_bytes());
+    header[28..30].copy_from_slice(&(shape.text.len() as u16).to_le_bytes());
+    rope.push(&header);
+    rope.push(shape.text);
+    start
+}
+
+#[inline]
+fn finish_request(rope: &mut Rope, start: usize) {
+    let length = (rope.flat.len() - start) as u32;
+    rope.flat[start..start + 4].copy_from_slice(&length.to_le_bytes());
+}
+
+#[inline]
+fn record_of<'a>(reader: &mut Reader<'a>) -> &'a [u8] {
+    let length = { *reader }.u32() as usize;
+    reader.bytes(length)
+}
+
+#[inline]
+fn hash_and_shard(record: &[u8]) -> (u64, u16) {
+    let mut reader = Reader(&record[12..]);
+    (reader.u64(), reader.u16())
+}
+
+fn count_prefix(prefixes: &mut AHashMap<Vec<u8>, PrefixCounts>, command: &Command<'_>, reply: &Reply<'_>) {
+    let Some(end) = memchr::memchr(b':', command.key) else {
+        return;
+    };
+    let prefix = &command.key[..end];
+    if !prefixes.contains_key(prefix) {
+        if prefixes.len() >= PREFIXES_MAX {
+            return;
+        }
+        prefixes.insert(prefix.to_vec(), PrefixCounts::default());
+    }
+    let Some(counts) = prefixes.get_mut(prefix) else { return };
+    match command.op {
+        Op::Get { .. } => {
+            counts.gets += 1;
+            counts.hits += u64::from(matches!(reply, Reply::Found(_)));
+        }
+        Op::Put(_) => counts.sets += 1,
+        Op::Delete(_) => counts.deletes += 1,
+        _ => {}
+    }
+}

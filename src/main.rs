@@ -1,0 +1,70 @@
+//! The server's command line: options, start, signals, exit codes.
+//!
+//! Exit codes: 0 after a stop that was asked for, 1 when the server cannot start, 2 for options that make no sense.
+
+use clap::Parser;
+use memkv::config::Config;
+use memkv::runtime::Server;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Small items come and go in the millions: the allocator matters.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,memkv=info"))
+        .format_target(false)
+        .init();
+    let config = Config::parse();
+    match run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "memkv-tpc: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let server = Server::start(config)?;
+    announce(&server)?;
+    let stopper = server.stopper();
+    let handle = signals.handle();
+    std::thread::spawn(move || {
+        let mut asked = false;
+        for _ in signals.forever() {
+            if std::mem::replace(&mut asked, true) {
+                // Asked twice: at once.
+                std::process::exit(1);
+            }
+            log::info!("stopping: answering what was received");
+            stopper.stop();
+        }
+    });
+    server.wait();
+    handle.close();
+    Ok(())
+}
+
+/// Says on standard output where the server listens and that it is ready, one line each.
+fn announce(server: &Server) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if let Some(loaded) = server.loaded() {
+        let seconds = loaded.duration.as_secs_f64();
+        let rate = loaded.rows as f64 / seconds.max(1e-9);
+        let (rows, malformed) = (loaded.rows, loaded.malformed);
+        writeln!(
+            out,
+            "loaded {rows} rows in {seconds:.3} s ({rate:.0} rows/s), {malformed} malformed"
+        )?;
+    }
+    for (protocol, address) in server.addresses() {
+        writeln!(out, "listening {} {address}", protocol.name())?;
+    }
+    writeln!(out, "ready")?;
+    out.flush()
+}

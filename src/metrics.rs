@@ -1,0 +1,441 @@
+//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks.
+
+use crate::encoding::Reader;
+use crate::model::{Class, CoreId};
+use hdrhistogram::Histogram;
+use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a core counts. Merging adds; gauges (marked so) are of the moment they were collected.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Counters { $($(#[$doc])* pub $name: u64,)* }
+
+        impl Counters {
+            /// Adds another core's.
+            pub fn merge(&mut self, other: &Counters) {
+                $(self.$name += other.$name;)*
+            }
+
+            fn push(&self, out: &mut Vec<u8>) {
+                $(out.extend_from_slice(&self.$name.to_le_bytes());)*
+            }
+
+            fn read(reader: &mut Reader<'_>) -> Self {
+                Self { $($name: reader.u64(),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Reads that found an item.
+    get_hits,
+    /// Reads that found none.
+    get_misses,
+    /// Reads (among the misses) that met an item whose time was over.
+    get_expired,
+    /// Writes asked for, whatever came of them.
+    sets,
+    /// Items written.
+    items_written,
+    /// Deletes that found an item.
+    delete_hits,
+    /// Deletes that found none.
+    delete_misses,
+    /// Additions to a number that was there.
+    increment_hits,
+    /// Additions without an item.
+    increment_misses,
+    /// Subtractions from a number that was there.
+    decrement_hits,
+    /// Subtractions without an item.
+    decrement_misses,
+    /// Deadline changes that found an item, reads with a new deadline included.
+    touch_hits,
+    /// Deadline changes without an item.
+    touch_misses,
+    /// Conditions on a version that held.
+    version_hits,
+    /// Conditions on a version without an item.
+    version_misses,
+    /// Conditions on a version that another write had changed.
+    version_mismatches,
+    /// Items removed because their time was over.
+    expired,
+    /// How often the store was emptied, counted on every core.
+    flushes,
+    /// Writes refused because of the memory limit.
+    out_of_memory,
+    /// Writes refused because of the value limit.
+    too_large,
+    /// Requests that no protocol understands, or that it refuses.
+    bad_requests,
+    /// Requests served for connections of this core, by any core.
+    requests,
+    /// Requests of this core's connections that went to another core.
+    forwarded,
+    /// Requests served for other cores.
+    served_for_others,
+    /// How often a request waited because all credits to its owner were in use.
+    credit_waits,
+    /// Connections accepted.
+    connections_opened,
+    /// Connections refused because of the limit.
+    connections_refused,
+    /// Connections closed because they were idle, or did not read, for too long.
+    connections_timed_out,
+    /// Bytes received.
+    bytes_received,
+    /// Bytes sent.
+    bytes_sent,
+    /// How often the kernel had no buffer left to receive into.
+    receive_buffers_exhausted,
+    /// Turns of the event loop.
+    turns,
+    /// Nanoseconds spent waiting for work.
+    idle_ns,
+    /// Nanoseconds since the core started (gauge).
+    uptime_ns,
+    /// Open connections (gauge).
+    connections,
+    /// Items (gauge).
+    items,
+    /// Bytes charged for items (gauge).
+    item_bytes,
+    /// Bytes charged for indexes (gauge).
+    index_bytes,
+    /// Bytes charged to the memory limit for everything (gauge).
+    charged_bytes,
+}
+
+/// A latency from 100 ns to a minute, to three digits.
+fn new_histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(LATENCY_NS_MIN, LATENCY_NS_MAX, 3).expect("constant bounds are valid")
+}
+
+const LATENCY_NS_MIN: u64 = 100;
+const LATENCY_NS_MAX: u64 = 60_000_000_000;
+const CLASSES: usize = Class::ALL.len();
+
+/// Requests of one class that arrived in the same turn and were answered in the same turn.
+#[derive(Clone, Copy, Debug)]
+struct Answered {
+    arrived_ns: u64,
+    class: Class,
+    forwarded: bool,
+    count: u32,
+}
+
+/// One core's counters and histograms, or the sum of several cores'.
+#[derive(Debug)]
+pub struct Metrics {
+    /// The plain numbers.
+    pub counters: Counters,
+    /// By class: latency in nanoseconds of requests served by the core that received them, and of forwarded ones.
+    local: Vec<Histogram<u64>>,
+    forwarded: Vec<Histogram<u64>>,
+    /// Served locally in this turn, by class.
+    local_answered: [u32; CLASSES],
+    /// The others answered in this turn, in runs.
+    later_answered: Vec<Answered>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            counters: Counters::default(),
+            local: (0..CLASSES).map(|_| new_histogram()).collect(),
+            forwarded: (0..CLASSES).map(|_| new_histogram()).collect(),
+            local_answered: [0; CLASSES],
+            later_answered: Vec::with_capacity(64),
+        }
+    }
+}
+
+impl Metrics {
+    /// Counts a request that was received and answered in this turn.
+    #[inline]
+    pub fn answered(&mut self, class: Class) {
+        self.local_answered[class as usize] += 1;
+    }
+
+    /// Counts a request that came in an earlier turn, or went to another core, and is answered in this turn.
+    #[inline]
+    pub fn answered_later(&mut self, class: Class, arrived_ns: u64, forwarded: bool) {
+        match self.later_answered.last_mut() {
+            Some(last) if (last.arrived_ns, last.class, last.forwarded) == (arrived_ns, class, forwarded) => {
+                last.count += 1;
+            }
+            _ => self.later_answered.push(Answered {
+                arrived_ns,
+                class,
+                forwarded,
+                count: 1,
+            }),
+        }
+    }
+
+    /// Records what this turn answered: from the completion that carried a request's last byte (`turn_began_ns` for local
+    /// ones) to the submission of its reply (`now_ns`).
+    #[inline]
+    pub fn end_turn(&mut self, turn_began_ns: u64, now_ns: u64) {
+        for (class, count) in self.local_answered.iter_mut().enumerate() {
+            if *count > 0 {
+                self.local[class].saturating_record_n(now_ns - turn_began_ns, u64::from(*count));
+                self.counters.requests += u64::from(*count);
+                *count = 0;
+            }
+        }
+        for answered in self.later_answered.drain(..) {
+            let latency_ns = now_ns.saturating_sub(answered.arrived_ns);
+            let histograms = if answered.forwarded {
+                &mut self.forwarded
+            } else {
+                &mut self.local
+            };
+            histograms[answered.class as usize].saturating_record_n(latency_ns, u64::from(answered.count));
+            self.counters.requests += u64::from(answered.count);
+        }
+    }
+
+    /// Sets everything to zero.
+    pub fn reset(&mut self) {
+        self.counters = Counters::default();
+        self.local
+            .iter_mut()
+            .chain(&mut self.forwarded)
+            .for_each(Histogram::reset);
+    }
+
+    /// Adds another core's.
+    pub fn merge(&mut self, other: &Metrics) {
+        self.counters.merge(&other.counters);
+        let ours = self.local.iter_mut().chain(&mut self.forwarded);
+        for (ours, theirs) in ours.zip(other.local.iter().chain(&other.forwarded)) {
+            ours.add(theirs).expect("all histograms have the same bounds");
+        }
+    }
+
+    /// The latencies of a class, in nanoseconds, of requests served where they were received, or of forwarded ones.
+    pub fn latency(&self, class: Class, forwarded: bool) -> &Histogram<u64> {
+        let histograms = if forwarded { &self.forwarded } else { &self.local };
+        &histograms[class as usize]
+    }
+
+    /// Appends everything: the counters, then each histogram in HDR's V2 encoding behind its length.
+    pub fn push(&self, out: &mut Vec<u8>) {
+        self.counters.push(out);
+        for histogram in self.local.iter().chain(&self.forwarded) {
+            let at = out.len();
+            out.extend_from_slice(&[0; 4]);
+            V2Serializer::new()
+                .serialize(histogram, out)
+                .expect("a histogram of these bounds can be written to memory");
+            let length = (out.len() - at - 4) as u32;
+            out[at..at + 4].copy_from_slice(&length.to_le_bytes());
+        }
+    }
+
+    /// Reads what [`Metrics::push`] wrote in this same process.
+    pub fn read(reader: &mut Reader<'_>) -> Self {
+        let mut metrics = Self {
+            counters: Counters::read(reader),
+            ..Self::default()
+        };
+        for histogram in metrics.local.iter_mut().chain(&mut metrics.forwarded) {
+            let length = reader.u32() as usize;
+            let mut encoded = reader.bytes(length);
+            *histogram = Deserializer::new()
+                .deserialize(&mut encoded)
+                .expect("written by the same library");
+        }
+        metrics
+    }
+}
+
+/// What the cores know, put together for a [`crate::model::Broadcast`].
+#[derive(Debug)]
+pub enum Report {
+    /// It is done; there is nothing to tell.
+    Done,
+    /// Each core's metrics.
+    Metrics(Vec<(CoreId, Metrics)>),
+    /// Each connection.
+    Connections(Vec<ConnectionFacts>),
+    /// Each key prefix.
+    Prefixes(Vec<(Vec<u8>, PrefixCounts)>),
+}
+
+/// What is known of a connection.
+#[derive(Clone, Debug)]
+pub struct ConnectionFacts {
+    /// The core that serves it.
+    pub core: CoreId,
+    /// Its number on that core.
+    pub number: u32,
+    /// The protocol it speaks.
+    pub protocol: String,
+    /// The client's address.
+    pub peer: String,
+    /// Seconds since it last sent something.
+    pub idle_s: u64,
+}
+
+/// What is counted per key prefix.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PrefixCounts {
+    /// Reads.
+    pub gets: u64,
+    /// Reads that found an item.
+    pub hits: u64,
+    /// Writes.
+    pub sets: u64,
+    /// Deletes.
+    pub deletes: u64,
+}
+
+fn push_text(out: &mut Vec<u8>, text: &[u8]) {
+    out.extend_from_slice(&(text.len() as u32).to_le_bytes());
+    out.extend_from_slice(text);
+}
+
+fn read_text(reader: &mut Reader<'_>) -> Vec<u8> {
+    let length = reader.u32() as usize;
+    reader.bytes(length).to_vec()
+}
+
+impl Report {
+    /// Adds another core's part, of the same kind.
+    pub fn merge(&mut self, other: Report) {
+        match (self, other) {
+            (Report::Metrics(ours), Report::Metrics(theirs)) => {
+                ours.extend(theirs);
+                ours.sort_by_key(|(core, _)| *core);
+            }
+            (Report::Connections(ours), Report::Connections(theirs)) => ours.extend(theirs),
+            (Report::Prefixes(ours), Report::Prefixes(theirs)) => {
+                for (prefix, counts) in theirs {
+                    match ours.iter_mut().find(|(known, _)| *known == prefix) {
+                        None => ours.push((prefix, counts)),
+                        Some((_, sum)) => {
+                            sum.gets += counts.gets;
+                            sum.hits += counts.hits;
+                            sum.sets += counts.sets;
+                            sum.deletes += counts.deletes;
+                        }
+                    }
+                }
+                ours.sort();
+            }
+            _ => {}
+        }
+    }
+
+    /// Appends its flat form, for another core of this process.
+    pub fn push(&self, out: &mut Vec<u8>) {
+        let head = |out: &mut Vec<u8>, kind: u8, count: usize| {
+            out.push(kind);
+            out.extend_from_slice(&(count as u32).to_le_bytes());
+        };
+        match self {
+            Report::Done => head(out, 0, 0),
+            Report::Metrics(cores) => {
+                head(out, 1, cores.len());
+                for (core, metrics) in cores {
+                    out.extend_from_slice(&core.0.to_le_bytes());
+                    metrics.push(out);
+                }
+            }
+            Report::Connections(connections) => {
+                head(out, 2, connections.len());
+                for facts in connections {
+                    out.extend_from_slice(&facts.core.0.to_le_bytes());
+                    out.extend_from_slice(&facts.number.to_le_bytes());
+                    push_text(out, facts.protocol.as_bytes());
+                    push_text(out, facts.peer.as_bytes());
+                    out.extend_from_slice(&facts.idle_s.to_le_bytes());
+                }
+            }
+            Report::Prefixes(prefixes) => {
+                head(out, 3, prefixes.len());
+                for (prefix, counts) in prefixes {
+                    push_text(out, prefix);
+                    for count in [counts.gets, counts.hits, counts.sets, counts.deletes] {
+                        out.extend_from_slice(&count.to_le_bytes());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads what [`Report::push`] wrote.
+    pub fn read(reader: &mut Reader<'_>) -> Self {
+        let (kind, count) = (reader.u8(), reader.u32());
+        match kind {
+            1 => Report::Metrics(
+                (0..count)
+                    .map(|_| (CoreId(reader.u16()), Metrics::read(reader)))
+                    .collect(),
+            ),
+            2 => Report::Connections(
+                (0..count)
+                    .map(|_| ConnectionFacts {
+                        core: CoreId(reader.u16()),
+                        number: reader.u32(),
+                        protocol: String::from_utf8_lossy(&read_text(reader)).into_owned(),
+                        peer: String::from_utf8_lossy(&read_text(reader)).into_owned(),
+                        idle_s: reader.u64(),
+                    })
+                    .collect(),
+            ),
+            3 => Report::Prefixes(
+                (0..count)
+                    .map(|_| {
+                        let prefix = read_text(reader);
+                        let (gets, hits, sets, deletes) = (reader.u64(), reader.u64(), reader.u64(), reader.u64());
+                        (
+                            prefix,
+                            PrefixCounts {
+                                gets,
+                                hits,
+                                sets,
+                                deletes,
+                            },
+                        )
+                    })
+                    .collect(),
+            ),
+            _ => Report::Done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Merged over the wire form, nothing is lost or counted twice.
+    #[test]
+    fn merging_adds() {
+        let mut core = Metrics::default();
+        core.counters.get_hits = 3;
+        core.answered(Class::Get);
+        core.answered(Class::Get);
+        core.answered_later(Class::Set, 500, true);
+        core.end_turn(1_000, 11_000);
+        let mut sum = Metrics::default();
+        for _ in 0..2 {
+            let mut wire = vec![];
+            core.push(&mut wire);
+            let mut reader = Reader(&wire);
+            sum.merge(&Metrics::read(&mut reader));
+            assert!(reader.0.is_empty());
+        }
+        assert_eq!((sum.counters.get_hits, sum.counters.requests), (6, 6));
+        let gets = sum.latency(Class::Get, false);
+        assert_eq!((gets.len(), gets.max() / 100), (4, 100));
+        assert_eq!(sum.latency(Class::Set, true).len(), 2);
+        assert_eq!(sum.latency(Class::Set, false).len(), 0);
+    }
+}

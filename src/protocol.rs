@@ -1,0 +1,289 @@
+//! What all wire protocols share: the seam between bytes on a connection and the command model.
+//!
+//! A codec is a pure function pair. [`Decoder::step`] turns the front of a connection's input into one [`Step`]; an
+//! `encode` turns a [`Reply`] into bytes. What the codec must remember between the two travels with the command as a
+//! [`Shape`], opaque to everything in between, so the core that owns a key encodes the reply, wherever the connection is.
+
+pub mod memcached;
+pub mod text;
+
+use crate::encoding::Rope;
+use crate::metrics::Report;
+use crate::model::{Broadcast, Command, Reply, UnixMillis};
+use bumpalo::Bump;
+use bytes::Bytes;
+
+/// The protocols that connections speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Protocol {
+    /// memcached's text protocol, classic and meta commands.
+    Memcached = 0,
+    /// The simple text protocol: set, get, delete.
+    Text = 1,
+}
+
+impl Protocol {
+    /// All protocols, in the order of their numbers.
+    pub const ALL: [Protocol; 2] = [Protocol::Memcached, Protocol::Text];
+
+    /// The name in options, logs and statistics.
+    pub fn name(self) -> &'static str {
+        ["memcached", "text"][self as usize]
+    }
+}
+
+/// How a reply is to be written: made by a decoder, read by the same protocol's encoder.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape<'a> {
+    /// Meaning private to the protocol.
+    pub code: u32,
+    /// Text of the request that the reply repeats.
+    pub text: &'a [u8],
+}
+
+impl Shape<'_> {
+    /// A shape without text.
+    pub fn code(code: u32) -> Self {
+        Self { code, text: &[] }
+    }
+}
+
+/// What a decoder knows of its surroundings.
+#[derive(Clone, Copy, Debug)]
+pub struct Env<'a> {
+    /// The turn's time.
+    pub now: UnixMillis,
+    /// The longest key, in bytes.
+    pub key_bytes_max: usize,
+    /// The largest value, in bytes.
+    pub value_bytes_max: usize,
+    /// Clients may stop the server.
+    pub shutdown_enabled: bool,
+    /// Room for bytes that are not in the input as they are needed, such as decoded keys. Emptied with every batch.
+    pub arena: &'a Bump,
+}
+
+/// What the front of the input means.
+#[derive(Clone, Copy, Debug)]
+pub enum Decoded<'a> {
+    /// Nothing yet: more bytes are needed.
+    Incomplete,
+    /// Input that asks for nothing and is answered by nothing.
+    Nothing,
+    /// A request for one key.
+    Command(Command<'a>, Shape<'a>),
+    /// A request for all shards.
+    Broadcast(Broadcast, Shape<'a>),
+    /// An answer that needs no shard.
+    Answer(&'static [u8]),
+    /// A refused request: the answer, counted as a bad request.
+    Refused(&'static [u8]),
+    /// The used bytes announce a value of this many bytes, which is not all there. When it is, the decoder is asked again
+    /// through [`Decoder::with_value`].
+    Value(usize),
+    /// The answer needs the server's configuration.
+    Settings,
+    /// A new memory limit, in bytes, with the answer.
+    MemoryLimit(u64, &'static [u8]),
+    /// The client ends the connection, or the protocol does: nothing more is answered.
+    Close,
+    /// The client ends the server.
+    Shutdown,
+}
+
+/// The front of the input, decoded.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// What it means.
+    pub decoded: Decoded<'a>,
+    /// How many bytes of input it took.
+    pub used: usize,
+    /// How many bytes behind those are to be skipped unread: the value of a refused request.
+    pub swallow: usize,
+    /// Where the decoder stands afterwards.
+    pub next: Decoder,
+}
+
+/// Where a connection's decoder stands between two requests. Small and copied: to take a request back, keep the old one.
+#[derive(Clone, Copy, Debug)]
+pub enum Decoder {
+    /// See [`memcached`].
+    Memcached(memcached::State),
+    /// See [`text`].
+    Text(text::State),
+}
+
+impl Decoder {
+    /// The state of a fresh connection.
+    pub fn new(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Memcached => Decoder::Memcached(memcached::State::default()),
+            Protocol::Text => Decoder::Text(text::State::default()),
+        }
+    }
+
+    /// Decodes the front of `input`, which is not empty.
+    #[inline]
+    pub fn step<'a>(self, input: &'a [u8], env: &Env<'a>) -> Step<'a> {
+        match self {
+            Decoder::Memcached(state) => memcached::step(state, input, env),
+            Decoder::Text(state) => text::step(state, input, env),
+        }
+    }
+
+    /// Decodes a request whose value was announced by `header` (the bytes that [`Decoded::Value`] used) and has come
+    /// whole; `rest` is the input behind it.
+    pub fn with_value<'a>(self, header: &'a [u8], value: &'a Bytes, rest: &'a [u8], env: &Env<'a>) -> Step<'a> {
+        match self {
+            Decoder::Memcached(_) => memcached::with_value(header, value, rest, env),
+            Decoder::Text(_) => text::with_value(header, value, rest, env),
+        }
+    }
+
+    /// Decodes a request whose announced value there is no memory for: the value is to be swallowed.
+    pub fn without_memory<'a>(self, header: &'a [u8], env: &Env<'a>) -> Step<'a> {
+        match self {
+            Decoder::Memcached(_) => memcached::without_memory(header, env),
+            Decoder::Text(_) => text::without_memory(header, env),
+        }
+    }
+}
+
+/// Facts about the process, kept fresh by the runtime.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProcessFacts {
+    /// Process id.
+    pub pid: u32,
+    /// CPU time in user mode, microseconds.
+    pub user_us: u64,
+    /// CPU time in kernel mode, microseconds.
+    pub system_us: u64,
+    /// Resident memory, bytes.
+    pub resident_bytes: u64,
+}
+
+/// What encoders of reports know of the server.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerFacts<'a> {
+    /// The configuration as it was started with.
+    pub config: &'a crate::config::Config,
+    /// About the process.
+    pub process: ProcessFacts,
+    /// The turn's time.
+    pub now: UnixMillis,
+    /// The memory limit now in force.
+    pub memory_bytes_max: u64,
+    /// How many cores serve.
+    pub cores: u16,
+}
+
+/// Encodes the reply to a command.
+#[inline]
+pub fn encode(protocol: Protocol, shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: UnixMillis, out: &mut Rope) {
+    match protocol {
+        Protocol::Memcached => memcached::encode(shape, key, reply, now, out),
+        Protocol::Text => text::encode(shape, key, reply, out),
+    }
+}
+
+/// Encodes the reply to a broadcast.
+pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
+    match protocol {
+        Protocol::Memcached => memcached::encode_report(shape, report, server, out),
+        Protocol::Text => text::encode_report(out),
+    }
+}
+
+/// Encodes the answer to [`Decoded::Settings`].
+pub fn encode_settings(protocol: Protocol, server: &ServerFacts<'_>, out: &mut Rope) {
+    match protocol {
+        Protocol::Memcached => memcached::encode_settings(server, out),
+        Protocol::Text => {}
+    }
+}
+
+/// What a connection over the limit is told before it is closed.
+pub fn refusal(protocol: Protocol) -> &'static [u8] {
+    match protocol {
+        Protocol::Memcached => b"ERROR Too many open connections\r\n",
+        Protocol::Text => b"",
+    }
+}
+
+/// A request line of a text protocol that has no end within this many bytes closes its connection.
+pub(crate) const LINE_BYTES_MAX: usize = 2048;
+
+/// The next line of a text protocol.
+pub(crate) enum Line<'a> {
+    /// Without its end (LF or CRLF), and its length with it.
+    Whole(&'a [u8], usize),
+    /// Its end has not come yet.
+    Incomplete,
+    /// Its end cannot come any more.
+    TooLong,
+}
+
+/// Finds the end of the line at the front of `input`. The verdict does not depend on how the bytes were fragmented.
+#[inline]
+pub(crate) fn line(input: &[u8]) -> Line<'_> {
+    let window = &input[..input.len().min(LINE_BYTES_MAX)];
+    match memchr::memchr(b'\n', window) {
+        Some(end) => {
+            let line = &input[..end];
+            Line::Whole(line.strip_suffix(b"\r").unwrap_or(line), end + 1)
+        }
+        None if window.len() == LINE_BYTES_MAX => Line::TooLong,
+        None => Line::Incomplete,
+    }
+}
+
+/// The blank-separated words of a line.
+#[inline]
+pub(crate) fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> + Clone {
+    line.split(|byte| *byte == b' ').filter(|word| !word.is_empty())
+}
+
+/// A decimal number of 64 bits, perhaps with a plus sign, nothing else.
+#[inline]
+pub(crate) fn parse_u64(word: &[u8]) -> Option<u64> {
+    let digits = word.strip_prefix(b"+").unwrap_or(word);
+    if digits.is_empty() {
+        return None;
+    }
+    let mut number = 0u64;
+    for byte in digits {
+        let digit = byte.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        number = number.checked_mul(10)?.checked_add(u64::from(digit))?;
+    }
+    Some(number)
+}
+
+/// A decimal number that may be negative.
+pub(crate) fn parse_i64(word: &[u8]) -> Option<i64> {
+    match word.strip_prefix(b"-") {
+        Some([b'+', ..]) => None,
+        Some(digits) => 0i64.checked_sub_unsigned(parse_u64(digits)?),
+        None => parse_u64(word)?.try_into().ok(),
+    }
+}
+
+/// True when a line is a browser's (or a page's) request: answering it could let a web page talk to a local server.
+pub(crate) fn is_http(line: &[u8]) -> bool {
+    const VERBS: [&[u8]; 9] = [
+        b"GET ",
+        b"POST ",
+        b"PUT ",
+        b"HEAD ",
+        b"DELETE ",
+        b"OPTIONS ",
+        b"PATCH ",
+        b"CONNECT ",
+        b"TRACE ",
+    ];
+    let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
+    VERBS.iter().any(|verb| line.starts_with(verb)) || version.starts_with(b"HTTP/")
+}

@@ -1,0 +1,447 @@
+//! The outside world: threads, executors, sockets, files, clocks. The only place that waits.
+//!
+//! [`Server::start`] probes the machine, binds the listeners, starts one thread with one glommio executor per core, loads
+//! what there is to load, and only then serves. On each executor one task runs: the [`pump`], which moves bytes between the
+//! network ring ([`net`]), the channels to other cores ([`mesh`]) and the core's [`Engine`].
+
+mod host;
+mod load;
+mod mesh;
+mod net;
+mod pump;
+
+use crate::budget::Pool;
+use crate::config::{Config, Listen, PartitionerChoice};
+use crate::engine::Engine;
+use crate::model::CoreId;
+use crate::partition::RangeTable;
+use crate::protocol::Protocol;
+use mesh::{Mesh, Peer};
+use socket2::{Domain, Socket, Type};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a stopping server goes on answering what it has received.
+const STOP_TIME_MAX: Duration = Duration::from_secs(4);
+
+/// Why a server did not start: one message that names the cause and the remedy.
+#[derive(Debug)]
+pub struct StartError(String);
+
+impl std::fmt::Display for StartError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// What all cores see.
+#[derive(Debug)]
+struct Shared {
+    stop: AtomicBool,
+    /// Cores that owe nobody anything any more while the server stops.
+    quiet_cores: AtomicU16,
+    /// Open connections on all cores, for the limit.
+    connections: AtomicU32,
+    peers: Arc<Vec<Peer>>,
+}
+
+impl Shared {
+    fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.peers.iter().for_each(Peer::ring);
+    }
+}
+
+/// A running server. Dropping it stops it.
+#[derive(Debug)]
+pub struct Server {
+    addresses: Vec<(Protocol, SocketAddr)>,
+    loaded: Option<LoadReport>,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What loading a file came to.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadReport {
+    /// Rows stored; a key that came twice counts twice.
+    pub rows: u64,
+    /// Rows that could not be understood and were left out.
+    pub malformed: u64,
+    /// How long it took.
+    pub duration: Duration,
+}
+
+/// A handle that stops a server from anywhere.
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// Has the server stop accepting, answer what it has received, and end. Returns at once.
+    pub fn stop(&self) {
+        self.0.stop();
+    }
+}
+
+impl Server {
+    /// Starts a server and returns when it serves.
+    ///
+    /// # Errors
+    /// When the machine lacks something, an option does not fit, a port is taken, or a file cannot be loaded.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        let cpus = host::allowed_cpus()?;
+        host::raise_limits()?;
+        host::probe()?;
+        let cores = match config.cores {
+            Some(cores) => cores,
+            None => cpus.len().min(1024) as u16,
+        };
+        let pinned = usize::from(cores) <= cpus.len();
+        if !pinned {
+            log::warn!(
+                "--cores {cores} on {} CPUs: the cores share CPUs, unpinned and without spinning; --cores {} would be faster",
+                cpus.len(),
+                cpus.len()
+            );
+        }
+        let memory_bytes_max = config
+            .limits
+            .max_memory
+            .map_or_else(host::default_memory_limit, |limit| limit.0);
+        check_limits(&config, memory_bytes_max)?;
+        let table = Arc::new(range_table(&config, cores)?);
+        let (listeners, addresses) = bind(&config, cores)?;
+
+        let mut config = config;
+        for (protocol, address) in &addresses {
+            // What statistics show is what was bound, also where the system chose the port.
+            match protocol {
+                Protocol::Memcached => config.memcached = Listen::At(*address),
+                Protocol::Text => config.text = Some(Listen::At(*address)),
+            }
+        }
+        host::check_open_files(config.limits.connections_max, cores);
+        let config = Arc::new(config);
+        let peers: Result<Vec<Peer>, _> = (0..cores).map(|_| Peer::new()).collect();
+        let peers = Arc::new(peers.map_err(|error| StartError(format!("no eventfd: {error}")))?);
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            quiet_cores: AtomicU16::new(0),
+            connections: AtomicU32::new(0),
+            peers: peers.clone(),
+        });
+        let pool = Pool::new(memory_bytes_max);
+        let meshes = mesh::build(&peers);
+        let mut boot = Boot::new(usize::from(cores));
+        let mut threads = vec![];
+        for ((number, mesh), listeners) in meshes.into_iter().enumerate().zip(listeners) {
+            let core = Core {
+                id: CoreId(number as u16),
+                cpu: pinned.then(|| cpus[number]),
+                config: config.clone(),
+                table: table.clone(),
+                pool: pool.clone(),
+                shared: shared.clone(),
+                mesh,
+                listeners,
+            };
+            let slot = boot.slot();
+            let thread = std::thread::Builder::new().name(format!("core {number}"));
+            let thread = thread.spawn(move || core.run(&slot));
+            threads.push(thread.map_err(|error| StartError(format!("no thread for core {number}: {error}")))?);
+        }
+        let mut server = Self {
+            addresses,
+            loaded: None,
+            shared,
+            threads,
+        };
+        match boot.finish() {
+            Ok(loaded) => {
+                server.loaded = loaded;
+                Ok(server)
+            }
+            Err(error) => {
+                server.join();
+                Err(error)
+            }
+        }
+    }
+
+    /// Where it listens, with the ports that the system chose.
+    pub fn addresses(&self) -> &[(Protocol, SocketAddr)] {
+        &self.addresses
+    }
+
+    /// Where it listens for one protocol.
+    pub fn address(&self, protocol: Protocol) -> Option<SocketAddr> {
+        self.addresses
+            .iter()
+            .find(|(of, _)| *of == protocol)
+            .map(|(_, address)| *address)
+    }
+
+    /// What was loaded at start, when something was.
+    pub fn loaded(&self) -> Option<LoadReport> {
+        self.loaded
+    }
+
+    /// A handle that stops it from anywhere.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.shared.clone())
+    }
+
+    /// Stops: no new connections, what was received is answered, then all ends.
+    pub fn stop(mut self) {
+        self.shared.stop();
+        self.join();
+    }
+
+    /// Waits until somebody stops it.
+    pub fn wait(mut self) {
+        self.join();
+    }
+
+    fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            // A panic in a core was already told on standard error.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stop();
+        self.join();
+    }
+}
+
+/// How the cores and the starting thread meet: each core says that it is ready (with what it loaded), then all are told to
+/// serve, or to end because one could not.
+struct Boot {
+    ready: mpsc::Receiver<Result<Option<LoadReport>, StartError>>,
+    ready_sender: mpsc::Sender<Result<Option<LoadReport>, StartError>>,
+    go: Vec<mpsc::Sender<()>>,
+    cores: usize,
+}
+
+/// One core's end of [`Boot`].
+struct BootSlot {
+    ready: mpsc::Sender<Result<Option<LoadReport>, StartError>>,
+    go: mpsc::Receiver<()>,
+}
+
+impl Boot {
+    fn new(cores: usize) -> Self {
+        let (ready_sender, ready) = mpsc::channel();
+        Self {
+            ready,
+            ready_sender,
+            go: vec![],
+            cores,
+        }
+    }
+
+    fn slot(&mut self) -> BootSlot {
+        let (sender, go) = mpsc::channel();
+        self.go.push(sender);
+        BootSlot {
+            ready: self.ready_sender.clone(),
+            go,
+        }
+    }
+
+    fn finish(self) -> Result<Option<LoadReport>, StartError> {
+        drop(self.ready_sender);
+        let mut report: Option<LoadReport> = None;
+        for _ in 0..self.cores {
+            let loaded = self
+                .ready
+                .recv()
+                .unwrap_or_else(|_| Err(StartError("a core ended while starting".to_owned())))?;
+            if let Some(loaded) = loaded {
+                let sum = report.get_or_insert(LoadReport { rows: 0, ..loaded });
+                sum.rows += loaded.rows;
+                sum.duration = sum.duration.max(loaded.duration);
+            }
+        }
+        for go in &self.go {
+            let _ = go.send(());
+        }
+        Ok(report)
+    }
+}
+
+impl BootSlot {
+    /// Reports, and waits for the others. False: the server does not start.
+    fn meet(&self, result: Result<Option<LoadReport>, StartError>) -> bool {
+        self.ready.send(result).is_ok() && self.go.recv().is_ok()
+    }
+}
+
+/// What a core's thread begins with.
+struct Core {
+    id: CoreId,
+    cpu: Option<usize>,
+    config: Arc<Config>,
+    table: Arc<RangeTable>,
+    pool: Arc<Pool>,
+    shared: Arc<Shared>,
+    mesh: Mesh,
+    listeners: Vec<net::Listener>,
+}
+
+impl Core {
+    fn run(self, boot: &BootSlot) {
+        let placement = match self.cpu {
+            Some(cpu) => glommio::Placement::Fixed(cpu),
+            None => glommio::Placement::Unbound,
+        };
+        let executor = glommio::LocalExecutorBuilder::new(placement)
+            .name(&format!("core {}", self.id.0))
+            // The network has a ring of its own, and the default would exceed a usual limit on locked memory.
+            .io_memory(64 << 10)
+            .ring_depth(128)
+            .make();
+        match executor {
+            Ok(executor) => executor.run(self.serve(boot)),
+            Err(error) => {
+                let reason = format!("core {} has no executor: {error}", self.id.0);
+                boot.meet(Err(StartError(reason)));
+            }
+        }
+    }
+
+    async fn serve(self, boot: &BootSlot) {
+        let clock = pump::Clock::start();
+        let (config, table) = (self.config.clone(), self.table);
+        let spinning = self.cpu.is_some();
+        let mut engine = Engine::new(self.id, table, self.pool, config.clone(), clock.wall());
+        let loaded = match &config.load {
+            Some(path) => load::load(path, self.id, config.load_strict, &mut engine).map(Some),
+            None => Ok(None),
+        };
+        let doorbell = self.shared.peers[usize::from(self.id.0)].doorbell();
+        let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, &doorbell));
+        let net = net.map_err(|error| StartError(format!("no network ring for core {}: {error}", self.id.0)));
+        // The first sleep of an executor takes tens of milliseconds: get it over with before anybody waits.
+        glommio::timer::sleep(Duration::from_millis(1)).await;
+        match (loaded, net) {
+            (Ok(loaded), Ok(net)) => {
+                if boot.meet(Ok(loaded)) {
+                    pump::run(engine, net, self.mesh, self.shared, clock, spinning).await;
+                }
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                boot.meet(Err(error));
+            }
+        }
+    }
+}
+
+fn check_limits(config: &Config, memory_bytes_max: u64) -> Result<(), StartError> {
+    let limits = &config.limits;
+    if memory_bytes_max < limits.item_size_max.0 {
+        return Err(StartError(format!(
+            "--max-memory {} is less than one item of --item-size-max {}: raise the one or lower the other",
+            crate::config::Bytes(memory_bytes_max),
+            limits.item_size_max
+        )));
+    }
+    // Lengths of values travel in 32 bits.
+    if limits.item_size_max.0 > 1 << 30 {
+        return Err(StartError(format!(
+            "--item-size-max {} is over the most there can be, 1g",
+            limits.item_size_max
+        )));
+    }
+    if limits.input_bytes_max.0 < 4096 || limits.output_bytes_max.0 < 4096 {
+        return Err(StartError(
+            "--input-bytes-max and --output-bytes-max must be 4096 or more".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+fn range_table(config: &Config, cores: u16) -> Result<RangeTable, StartError> {
+    let seed = config.token_seed.unwrap_or_else(host::random);
+    match config.partitioner {
+        PartitionerChoice::Hashed if !config.boundaries.is_empty() => {
+            Err(StartError("--boundaries needs --partitioner ordered".to_owned()))
+        }
+        PartitionerChoice::Hashed => Ok(RangeTable::even(seed, config.shards.unwrap_or(cores), cores)),
+        PartitionerChoice::Ordered => {
+            let boundaries: Vec<Vec<u8>> = config.boundaries.iter().map(|key| key.clone().into_bytes()).collect();
+            let shards = config.shards.unwrap_or(boundaries.len() as u16 + 1);
+            RangeTable::ordered(seed, &boundaries, shards, cores)
+                .map_err(|error| StartError(format!("--boundaries: {error}")))
+        }
+    }
+}
+
+type Bound = (Vec<Vec<net::Listener>>, Vec<(Protocol, SocketAddr)>);
+
+/// Binds every listener once per core, so that the kernel spreads connections over the cores.
+fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
+    let text = config.text_listen().map_err(StartError)?;
+    let mut listeners: Vec<Vec<net::Listener>> = (0..cores).map(|_| vec![]).collect();
+    let mut addresses = vec![];
+    for (protocol, listen) in [(Protocol::Memcached, config.memcached), (Protocol::Text, text)] {
+        let Listen::At(mut address) = listen else { continue };
+        let failed = |address: SocketAddr, error: std::io::Error| {
+            let remedy = match error.kind() {
+                std::io::ErrorKind::AddrInUse => "another process listens there; stop it, or choose another port",
+                std::io::ErrorKind::PermissionDenied => "ports below 1024 need a privilege; choose another port",
+                std::io::ErrorKind::AddrNotAvailable => "no interface of this machine has that address",
+                _ => "choose another address",
+            };
+            let name = protocol.name();
+            StartError(format!("cannot listen on {address} (--{name}): {error}: {remedy}"))
+        };
+        if address.port() != 0 {
+            // With SO_REUSEPORT a second server of the same user would silently share the port: look without it first.
+            listener(address, false, 1).map_err(|error| failed(address, error))?;
+        }
+        for per_core in &mut listeners {
+            let socket = listener(address, true, config.limits.backlog).map_err(|error| failed(address, error))?;
+            if let Some(bound) = socket.local_addr().ok().and_then(|bound| bound.as_socket()) {
+                address = bound;
+            }
+            per_core.push(net::Listener::new(socket.into(), protocol));
+        }
+        addresses.push((protocol, address));
+    }
+    if addresses.is_empty() {
+        return Err(StartError(
+            "every listener is off: there would be nothing to serve".to_owned(),
+        ));
+    }
+    Ok((listeners, addresses))
+}
+
+fn listener(address: SocketAddr, shared: bool, backlog: u32) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    if shared {
+        socket.set_reuse_port(true)?;
+    }
+    // Accepted sockets inherit it.
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into())?;
+    if shared {
+        socket.listen(backlog.min(i32::MAX as u32) as i32)?;
+    }
+    Ok(socket)
+}
+
+/// Until when a stopping server may take.
+fn stop_deadline() -> Instant {
+    Instant::now() + STOP_TIME_MAX
+}

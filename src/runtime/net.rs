@@ -1,0 +1,589 @@
+//! The network ring: one io_uring per core for all its sockets.
+//!
+//! Accepting and receiving are armed once and go on by themselves (multishot); received bytes land in a ring of buffers that
+//! the kernel picks from; sends are queued and submitted together with the wait for what comes next. All system calls of a
+//! busy core are one `io_uring_enter` per turn.
+
+use crate::engine::Engine;
+use crate::protocol::Protocol;
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+/// Receive buffers per core; a power of two. A turn uses one for each piece it receives and gives all back at its end.
+const BUFFERS: u16 = 256;
+const BUFFER_BYTES: usize = 8192;
+const BUFFER_GROUP: u16 = 1;
+const SUBMISSIONS: u32 = 1024;
+const COMPLETIONS: u32 = 8192;
+/// Pieces of output sent with one operation; more follow with the next.
+const PIECES_MAX: usize = 64;
+/// How often a sleeping core looks at the clock.
+const TICK: Duration = Duration::from_millis(100);
+/// How long accepting rests after the process ran out of descriptors or memory for one.
+const ACCEPT_REST_NS: u64 = 100_000_000;
+
+/// What an operation was for: the low byte of its user data. The next three bytes are a connection's generation, the upper
+/// half is its number, or a listener's.
+mod tag {
+    pub(super) const ACCEPT: u64 = 1;
+    pub(super) const RECEIVE: u64 = 2;
+    pub(super) const SEND: u64 = 3;
+    pub(super) const CANCEL: u64 = 4;
+    pub(super) const TICK: u64 = 5;
+}
+
+const GENERATION_MASK: u32 = 0xff_ffff;
+
+fn user_data(tag: u64, generation: u32, number: u32) -> u64 {
+    tag | u64::from(generation) << 8 | u64::from(number) << 32
+}
+
+/// A new eventfd that does not block.
+pub(super) fn new_eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; the result is checked and owned by nobody else.
+    unsafe {
+        let fd = libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        if fd < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
+    }
+}
+
+/// Adds one to an eventfd.
+pub(super) fn signal_eventfd(eventfd: &OwnedFd) {
+    let one = 1u64;
+    // SAFETY: writes eight bytes from a local. A full counter (EAGAIN) means that a signal is pending, which is enough.
+    unsafe { libc::write(eventfd.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+/// Receive buffers that the kernel picks from (`IORING_REGISTER_PBUF_RING`).
+struct BufferRing {
+    /// BUFFERS entries shared with the kernel; mapped for the life of the ring.
+    entries: *mut types::BufRingEntry,
+    memory: Box<[u8]>,
+    tail: u16,
+}
+
+const ENTRIES_BYTES: usize = BUFFERS as usize * size_of::<types::BufRingEntry>();
+
+impl BufferRing {
+    fn new(ring: &IoUring) -> io::Result<Self> {
+        // SAFETY: an anonymous private mapping at an address of the kernel's choice.
+        let entries = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                ENTRIES_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_POPULATE,
+                -1,
+                0,
+            )
+        };
+        if entries == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mut buffers = Self {
+            entries: entries.cast(),
+            memory: vec![0; usize::from(BUFFERS) * BUFFER_BYTES].into_boxed_slice(),
+            tail: 0,
+        };
+        // SAFETY: the mapping has room for BUFFERS entries and outlives the ring: `Net` drops the ring first.
+        unsafe {
+            ring.submitter()
+                .register_buf_ring_with_flags(entries as u64, BUFFERS, BUFFER_GROUP, 0)?;
+        }
+        for id in 0..BUFFERS {
+            buffers.give(id);
+        }
+        buffers.publish();
+        Ok(buffers)
+    }
+
+    /// What was received into a buffer.
+    fn bytes(&self, id: u16, length: usize) -> &[u8] {
+        &self.memory[usize::from(id) * BUFFER_BYTES..][..length]
+    }
+
+    /// Gives a buffer back; the kernel sees it after [`BufferRing::publish`].
+    fn give(&mut self, id: u16) {
+        let address = self.memory[usize::from(id) * BUFFER_BYTES..].as_ptr() as u64;
+        // SAFETY: the index is below BUFFERS, so the entry is inside the mapping, and the kernel does not read entries at or
+        // behind the published tail. The kernel writes to the buffer only until it completes the receive that picked it.
+        let entry = unsafe { &mut *self.entries.add(usize::from(self.tail & (BUFFERS - 1))) };
+        entry.set_addr(address);
+        entry.set_len(BUFFER_BYTES as u32);
+        entry.set_bid(id);
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    fn publish(&self) {
+        // SAFETY: `tail` returns the address of the ring's tail, a u16 that lies in the first entry and is only written here;
+        // as an atomic, because the kernel reads it.
+        let tail = unsafe { &*types::BufRingEntry::tail(self.entries).cast::<AtomicU16>() };
+        tail.store(self.tail, Ordering::Release);
+    }
+}
+
+impl Drop for BufferRing {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this size; the ring that used it is gone.
+        unsafe { libc::munmap(self.entries.cast(), ENTRIES_BYTES) };
+    }
+}
+
+/// The pieces of one send: what the kernel reads them through must stay where it is until the send is done.
+struct Pieces {
+    vectors: [libc::iovec; PIECES_MAX],
+    message: libc::msghdr,
+}
+
+#[derive(Default)]
+struct Connection {
+    socket: Option<OwnedFd>,
+    generation: u32,
+    /// A receive is armed.
+    receiving: bool,
+    /// It was asked to stop.
+    cancelling: bool,
+    /// A send is under way.
+    sending: bool,
+    /// It closes when neither is.
+    closing: bool,
+    pieces: Option<Box<Pieces>>,
+}
+
+impl Connection {
+    fn fd(&self) -> types::Fd {
+        types::Fd(self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd))
+    }
+}
+
+/// A socket that connections come in by.
+pub(super) struct Listener {
+    pub(super) socket: Option<OwnedFd>,
+    pub(super) protocol: Protocol,
+    /// Connections are spread over all cores instead of staying with the core that accepted them.
+    pub(super) spread: bool,
+    armed: bool,
+    /// When accepting may be tried again after an error.
+    rest_until_ns: u64,
+}
+
+impl Listener {
+    pub(super) fn new(socket: OwnedFd, protocol: Protocol) -> Self {
+        Self {
+            socket: Some(socket),
+            protocol,
+            spread: true,
+            armed: false,
+            rest_until_ns: 0,
+        }
+    }
+}
+
+/// The ring and all that hangs on it. Fields are dropped in this order.
+pub(super) struct Net {
+    ring: IoUring,
+    buffers: BufferRing,
+    connections: Vec<Connection>,
+    listeners: Vec<Listener>,
+    completed: Vec<cqueue::Entry>,
+    tick: Box<types::Timespec>,
+    tick_armed: bool,
+    accepting: bool,
+    open: usize,
+    closed: u32,
+}
+
+/// An accepted socket.
+pub(super) struct Accepted {
+    pub(super) socket: OwnedFd,
+    pub(super) protocol: Protocol,
+    pub(super) spread: bool,
+}
+
+impl Net {
+    /// A ring for this thread, which alone may use it.
+    pub(super) fn new(listeners: Vec<Listener>, doorbell: &OwnedFd) -> io::Result<Self> {
+        let mut ring = new_ring()?;
+        ring.submitter().register_eventfd(doorbell.as_raw_fd())?;
+        // Saves looking the descriptor up in each enter; not essential.
+        let _ = ring.submitter().register_ring_fd();
+        ring.completion().disable_eventfd();
+        let buffers = BufferRing::new(&ring)?;
+        Ok(Self {
+            ring,
+            buffers,
+            connections: vec![],
+            listeners,
+            completed: Vec::with_capacity(COMPLETIONS as usize),
+            tick: Box::new(types::Timespec::from(TICK)),
+            tick_armed: false,
+            accepting: true,
+            open: 0,
+            closed: 0,
+        })
+    }
+
+    fn submit(&mut self, entry: &squeue::Entry) {
+        // SAFETY: every entry refers to memory that outlives its operation: the buffer ring, `tick` and `pieces` are owned by
+        // this `Net`, output is kept in place by the engine until `Engine::sent`, sockets are closed after their last
+        // operation.
+        while unsafe { self.ring.submission().push(entry) }.is_err() {
+            // The queue is full: hand it to the kernel. EBUSY (completions overflow) is mended by the caller's next turn.
+            if self.ring.submit().is_err() {
+                self.harvest();
+            }
+        }
+    }
+
+    /// Submits what is queued and collects what completed, without waiting: one system call.
+    pub(super) fn turn(&mut self) {
+        self.arm();
+        let queued = self.ring.submission().len() as u32;
+        const GETEVENTS: u32 = 1;
+        // SAFETY: no pointers are passed. Errors leave the entries queued for the next turn: EINTR and EBUSY are passing,
+        // and anything else would show in the completions.
+        let _ = unsafe {
+            self.ring
+                .submitter()
+                .enter::<libc::sigset_t>(queued, 0, GETEVENTS, None)
+        };
+        self.harvest();
+    }
+
+    fn harvest(&mut self) {
+        let Self { ring, completed, .. } = self;
+        completed.extend(ring.completion());
+    }
+
+    fn arm(&mut self) {
+        if !self.tick_armed {
+            self.tick_armed = true;
+            let entry = opcode::Timeout::new(&raw const *self.tick)
+                .flags(types::TimeoutFlags::MULTISHOT)
+                .build()
+                .user_data(tag::TICK);
+            self.submit(&entry);
+        }
+    }
+
+    /// Arms the listeners that are not, unless they rest.
+    pub(super) fn arm_listeners(&mut self, now_ns: u64) {
+        for number in 0..self.listeners.len() {
+            let listener = &mut self.listeners[number];
+            let Some(socket) = &listener.socket else { continue };
+            if self.accepting && !listener.armed && now_ns >= listener.rest_until_ns {
+                listener.armed = true;
+                let entry = opcode::AcceptMulti::new(types::Fd(socket.as_raw_fd()))
+                    .flags(libc::SOCK_CLOEXEC)
+                    .build()
+                    .user_data(user_data(tag::ACCEPT, 0, number as u32));
+                self.submit(&entry);
+            }
+        }
+    }
+
+    /// Nothing has completed, and nothing is waiting to be collected or submitted.
+    pub(super) fn is_quiet(&mut self) -> bool {
+        self.completed.is_empty()
+            && self.ring.completion().is_empty()
+            && self.ring.submission().is_empty()
+            && !self.ring.submission().taskrun()
+    }
+
+    /// From now on completions ring the doorbell; call [`Net::is_quiet`] before sleeping.
+    pub(super) fn ring_doorbell(&mut self, on: bool) {
+        if on {
+            self.ring.completion().enable_eventfd();
+        } else {
+            self.ring.completion().disable_eventfd();
+        }
+    }
+
+    /// Tells the engine what completed, and `accepted` of new sockets.
+    pub(super) fn dispatch(
+        &mut self,
+        engine: &mut Engine,
+        now_ns: u64,
+        mut accepted: impl FnMut(&mut Engine, &mut Self, Accepted),
+    ) {
+        let mut completed = std::mem::take(&mut self.completed);
+        let mut gave_back = false;
+        for entry in completed.drain(..) {
+            let (data, result, flags) = (entry.user_data(), entry.result(), entry.flags());
+            let number = (data >> 32) as u32;
+            let generation = (data >> 8) as u32 & GENERATION_MASK;
+            match data & 0xff {
+                tag::ACCEPT => {
+                    let listener = &mut self.listeners[number as usize];
+                    listener.armed &= cqueue::more(flags);
+                    let (protocol, spread) = (listener.protocol, listener.spread);
+                    if result >= 0 {
+                        // SAFETY: a fresh descriptor from the kernel, owned by nobody else.
+                        let socket = unsafe { OwnedFd::from_raw_fd(result) };
+                        accepted(
+                            engine,
+                            self,
+                            Accepted {
+                                socket,
+                                protocol,
+                                spread,
+                            },
+                        );
+                    } else if self.accepting {
+                        let listener = &mut self.listeners[number as usize];
+                        let error = io::Error::from_raw_os_error(-result);
+                        if matches!(-result, libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) {
+                            if listener.rest_until_ns + 10_000_000_000 < now_ns {
+                                log::warn!(
+                                    "accepting {} connections rests: {error}; raise the limit of open files or lower --connections-max",
+                                    protocol.name()
+                                );
+                            }
+                            listener.rest_until_ns = now_ns + ACCEPT_REST_NS;
+                        }
+                    }
+                }
+                tag::RECEIVE => {
+                    if let Some(id) = cqueue::buffer_select(flags) {
+                        if result > 0 && self.is_current(number, generation) {
+                            engine.received(number, self.buffers.bytes(id, result as usize));
+                        }
+                        self.buffers.give(id);
+                        gave_back = true;
+                    }
+                    if self.is_current(number, generation) {
+                        self.received(engine, number, result, cqueue::more(flags));
+                    }
+                }
+                tag::SEND if self.is_current(number, generation) => {
+                    self.connections[number as usize].sending = false;
+                    match result {
+                        1.. => engine.sent(number, result as usize),
+                        _ => engine.failed(number),
+                    }
+                    self.close_if_done(engine, number);
+                }
+                tag::TICK => self.tick_armed &= cqueue::more(flags),
+                _ => {}
+            }
+        }
+        if gave_back {
+            self.buffers.publish();
+        }
+        self.completed = completed;
+    }
+
+    fn is_current(&self, number: u32, generation: u32) -> bool {
+        self.connections[number as usize].generation == generation
+    }
+
+    fn received(&mut self, engine: &mut Engine, number: u32, result: i32, more: bool) {
+        if !more {
+            let connection = &mut self.connections[number as usize];
+            connection.receiving = false;
+            connection.cancelling = false;
+        }
+        match result {
+            1.. => {}
+            0 => engine.ended(number),
+            _ if -result == libc::ENOBUFS => engine.metrics.counters.receive_buffers_exhausted += 1,
+            _ if -result == libc::ECANCELED => {}
+            _ => engine.failed(number),
+        }
+        if !more {
+            engine.needs_attention(number);
+            self.close_if_done(engine, number);
+        }
+    }
+
+    /// Takes a connection in.
+    pub(super) fn adopt(&mut self, engine: &mut Engine, socket: OwnedFd, protocol: Protocol) {
+        let number = engine.opened(protocol, peer_name(&socket));
+        if self.connections.len() <= number as usize {
+            self.connections.resize_with(number as usize + 1, Connection::default);
+        }
+        let connection = &mut self.connections[number as usize];
+        connection.socket = Some(socket);
+        connection.closing = false;
+        self.open += 1;
+        engine.needs_attention(number);
+    }
+
+    /// Does what connections need: sends, arms, pauses, closes.
+    pub(super) fn look_after(&mut self, engine: &mut Engine) {
+        while let Some(number) = engine.attention() {
+            let wants = engine.wants(number);
+            let connection = &self.connections[number as usize];
+            let (generation, fd) = (connection.generation, connection.fd());
+            if connection.closing {
+                continue;
+            }
+            if wants.close {
+                self.close(engine, number);
+                continue;
+            }
+            if wants.send && !connection.sending {
+                self.send(engine, number);
+            }
+            let connection = &mut self.connections[number as usize];
+            if wants.read && !connection.receiving {
+                connection.receiving = true;
+                let entry = opcode::RecvMulti::new(fd, BUFFER_GROUP).build().user_data(user_data(
+                    tag::RECEIVE,
+                    generation,
+                    number,
+                ));
+                self.submit(&entry);
+            } else if !wants.read && connection.receiving && !connection.cancelling {
+                connection.cancelling = true;
+                self.cancel(user_data(tag::RECEIVE, generation, number));
+            }
+        }
+    }
+
+    fn cancel(&mut self, operation: u64) {
+        let entry = opcode::AsyncCancel::new(operation).build().user_data(tag::CANCEL);
+        self.submit(&entry);
+    }
+
+    fn send(&mut self, engine: &mut Engine, number: u32) {
+        let connection = &mut self.connections[number as usize];
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+        let data = user_data(tag::SEND, connection.generation, number);
+        let fd = connection.fd();
+        let mut pieces = engine.unsent(number);
+        let Some(first) = pieces.next() else { return };
+        connection.sending = true;
+        let entry = match pieces.next() {
+            None => opcode::Send::new(fd, first.as_ptr(), first.len() as u32)
+                .flags(flags)
+                .build(),
+            Some(second) => {
+                let room = connection.pieces.get_or_insert_with(new_pieces);
+                let mut count = 0;
+                for (vector, piece) in room.vectors.iter_mut().zip([first, second].into_iter().chain(pieces)) {
+                    vector.iov_base = piece.as_ptr().cast_mut().cast();
+                    vector.iov_len = piece.len();
+                    count += 1;
+                }
+                room.message.msg_iov = room.vectors.as_mut_ptr();
+                room.message.msg_iovlen = count;
+                opcode::SendMsg::new(fd, &raw const room.message)
+                    .flags(flags as u32)
+                    .build()
+            }
+        };
+        self.submit(&entry.user_data(data));
+    }
+
+    /// Begins to close a connection; it is done when no operation is under way on it.
+    fn close(&mut self, engine: &mut Engine, number: u32) {
+        let connection = &mut self.connections[number as usize];
+        connection.closing = true;
+        let receive = user_data(tag::RECEIVE, connection.generation, number);
+        let cancel = connection.receiving && !connection.cancelling;
+        if connection.sending
+            && let Some(socket) = &connection.socket
+        {
+            // Ends a send that the client does not take.
+            // SAFETY: an open socket; no pointers.
+            unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+        }
+        if cancel {
+            self.cancel(receive);
+        }
+        self.close_if_done(engine, number);
+    }
+
+    fn close_if_done(&mut self, engine: &mut Engine, number: u32) {
+        let connection = &mut self.connections[number as usize];
+        if connection.closing && !connection.receiving && !connection.sending && connection.socket.take().is_some() {
+            connection.generation = connection.generation.wrapping_add(1) & GENERATION_MASK;
+            connection.pieces = None;
+            self.open -= 1;
+            self.closed += 1;
+            engine.closed(number);
+        }
+    }
+
+    /// Stops accepting and closes the listeners' sockets on this core.
+    pub(super) fn stop_accepting(&mut self) {
+        if !std::mem::replace(&mut self.accepting, false) {
+            return;
+        }
+        for number in 0..self.listeners.len() {
+            if self.listeners[number].armed {
+                self.cancel(user_data(tag::ACCEPT, 0, number as u32));
+            }
+        }
+    }
+
+    /// Closes the listeners once no accept is armed on them. True when that is done.
+    pub(super) fn close_listeners(&mut self) -> bool {
+        for listener in &mut self.listeners {
+            if !listener.armed {
+                listener.socket = None;
+            }
+        }
+        self.listeners.iter().all(|listener| listener.socket.is_none())
+    }
+
+    /// How many connections were closed since this was last asked.
+    pub(super) fn take_closed(&mut self) -> u32 {
+        std::mem::take(&mut self.closed)
+    }
+
+    /// Sockets that are not closed yet.
+    pub(super) fn open(&self) -> usize {
+        self.open
+    }
+}
+
+fn new_pieces() -> Box<Pieces> {
+    // SAFETY: `iovec` and `msghdr` are plain C structs for which all bytes zero is a valid, empty value.
+    Box::new(unsafe { std::mem::zeroed() })
+}
+
+/// A ring with what the server needs, or the reason why there is none.
+pub(super) fn new_ring() -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .setup_cqsize(COMPLETIONS)
+        .build(SUBMISSIONS)
+}
+
+/// Tries all that [`Net`] needs of the kernel.
+pub(super) fn probe() -> io::Result<()> {
+    let ring = new_ring()?;
+    let buffers = BufferRing::new(&ring)?;
+    drop(ring);
+    drop(buffers);
+    Ok(())
+}
+
+/// The address of the other side, for people.
+fn peer_name(socket: &OwnedFd) -> String {
+    // SAFETY: the descriptor is open, and `into_raw_fd` below keeps this from closing it.
+    let stream = unsafe { std::net::TcpStream::from_raw_fd(socket.as_raw_fd()) };
+    let name = stream
+        .peer_addr()
+        .map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
+    let _ = stream.into_raw_fd();
+    name
+}
+
+/// Says a last word to a socket that is not served, as far as it goes without waiting.
+pub(super) fn refuse(socket: &OwnedFd, word: &[u8]) {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: reads `word` only.
+    unsafe { libc::send(socket.as_raw_fd(), word.as_ptr().cast(), word.len(), flags) };
+}

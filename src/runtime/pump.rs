@@ -1,0 +1,246 @@
+//! The loop of one core.
+//!
+//! A turn: submit and collect (one system call), take in what other cores sent, hand completions to the engine, send batches
+//! to other cores, queue sends. When a turn brought nothing the core polls for a while, if it may, and then sleeps on its
+//! doorbell through glommio, so that other tasks of the executor run.
+
+use super::mesh::{Handoff, Mesh};
+use super::net::{self, Accepted, Net};
+use super::{Shared, host, stop_deadline};
+use crate::engine::Engine;
+use crate::model::{CoreId, UnixMillis};
+use crate::protocol;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Instant, SystemTime};
+
+/// The monotonic clock, and the wall clock as it was when the server started plus what has passed since.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clock {
+    began: Instant,
+    began_wall: UnixMillis,
+}
+
+impl Clock {
+    pub(super) fn start() -> Self {
+        let wall = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        Self {
+            began: Instant::now(),
+            began_wall: UnixMillis(wall.as_millis() as u64),
+        }
+    }
+
+    /// Nanoseconds since the start, never 0.
+    fn now_ns(&self) -> u64 {
+        self.began.elapsed().as_nanos() as u64 + 1
+    }
+
+    fn wall_at(&self, now_ns: u64) -> UnixMillis {
+        UnixMillis(self.began_wall.0 + now_ns / 1_000_000)
+    }
+
+    pub(super) fn wall(&self) -> UnixMillis {
+        self.wall_at(self.now_ns())
+    }
+}
+
+/// How long to poll before sleeping: as long as it has paid lately.
+struct Spin {
+    max_ns: u64,
+    now_ns: u64,
+}
+
+impl Spin {
+    /// Work came while polling, or would have within the most there is to poll.
+    fn paid(&mut self) {
+        self.now_ns = self.max_ns;
+    }
+
+    fn did_not_pay(&mut self) {
+        self.now_ns /= 2;
+    }
+}
+
+/// How often the process looks at its own CPU time and memory, for statistics.
+const PROCESS_FACTS_PERIOD_NS: u64 = 1_000_000_000;
+
+/// Runs a core until the server stops.
+pub(super) async fn run(
+    mut engine: Engine,
+    mut net: Net,
+    mut mesh: Mesh,
+    shared: Arc<Shared>,
+    clock: Clock,
+    may_spin: bool,
+) {
+    let doorbell = match mesh.me().doorbell() {
+        Ok(doorbell) => doorbell,
+        Err(error) => {
+            log::error!("core {} cannot wait for work: {error}", mesh.core().0);
+            return shared.stop();
+        }
+    };
+    // SAFETY: the descriptor is a fresh duplicate, owned by the file from here on.
+    let doorbell = unsafe { glommio::io::BufferedFile::from_raw_fd(doorbell.into_raw_fd()) };
+    let max_ns = if may_spin {
+        u64::from(engine.config().spin_us) * 1000
+    } else {
+        0
+    };
+    let mut spin = Spin { max_ns, now_ns: max_ns };
+    let mut facts_at_ns = 0;
+    let mut stopping: Option<Stopping> = None;
+    loop {
+        net.turn();
+        let now_ns = clock.now_ns();
+        engine.begin_turn(now_ns, clock.wall_at(now_ns));
+        net.arm_listeners(now_ns);
+        mesh.receive(&mut engine, |engine, handoff| {
+            net.adopt(engine, handoff.socket, handoff.protocol);
+        });
+        net.dispatch(&mut engine, now_ns, |engine, net, accepted| {
+            accept(engine, net, &mut mesh, &shared, accepted);
+        });
+        mesh.send(&mut engine);
+        net.look_after(&mut engine);
+        engine.end_turn(clock.now_ns());
+        let closed = net.take_closed();
+        if closed > 0 {
+            shared.connections.fetch_sub(closed, Ordering::Relaxed);
+            mesh.me().connections.fetch_sub(closed, Ordering::Relaxed);
+        }
+
+        if engine.stop_asked() && !shared.stop.load(Ordering::Relaxed) {
+            shared.stop();
+        }
+        if stopping.is_none() && shared.stop.load(Ordering::Relaxed) {
+            net.stop_accepting();
+            stopping = Some(Stopping::new());
+        }
+        if let Some(stopping) = &mut stopping
+            && stopping.is_done(&mut engine, &mut net, &shared)
+        {
+            break;
+        }
+        if now_ns >= facts_at_ns {
+            facts_at_ns = now_ns + PROCESS_FACTS_PERIOD_NS;
+            engine.set_process_facts(host::process_facts());
+        }
+        glommio::yield_if_needed().await;
+
+        if is_quiet(&mut net, &mesh, &mut engine) {
+            let idle_since_ns = clock.now_ns();
+            let mut quiet = true;
+            while quiet && clock.now_ns() - idle_since_ns < spin.now_ns {
+                net.turn();
+                quiet = is_quiet(&mut net, &mesh, &mut engine);
+            }
+            if quiet {
+                mesh.fall_asleep();
+                net.ring_doorbell(true);
+                if is_quiet(&mut net, &mesh, &mut engine) && stopping.is_none() {
+                    // An error here means a wake-up without a cause, which the next turn takes for what it is.
+                    let _ = doorbell.read_at(0, 8).await;
+                }
+                net.ring_doorbell(false);
+                mesh.wake_up();
+                if clock.now_ns() - idle_since_ns < 2 * spin.max_ns {
+                    spin.paid()
+                } else {
+                    spin.did_not_pay()
+                }
+            } else {
+                spin.paid();
+            }
+            engine.metrics.counters.idle_ns += clock.now_ns() - idle_since_ns;
+        }
+    }
+    let _ = doorbell.close().await;
+}
+
+fn is_quiet(net: &mut Net, mesh: &Mesh, engine: &mut Engine) -> bool {
+    net.is_quiet() && mesh.is_quiet(engine) && !engine.has_background_work()
+}
+
+/// Gives a new connection to the core that has the fewest, or refuses it.
+fn accept(engine: &mut Engine, net: &mut Net, mesh: &mut Mesh, shared: &Shared, accepted: Accepted) {
+    let limit = engine.config().limits.connections_max;
+    if shared.connections.fetch_add(1, Ordering::Relaxed) >= limit {
+        shared.connections.fetch_sub(1, Ordering::Relaxed);
+        engine.metrics.counters.connections_refused += 1;
+        return net::refuse(&accepted.socket, protocol::refusal(accepted.protocol));
+    }
+    let Accepted {
+        socket,
+        protocol,
+        spread,
+    } = accepted;
+    let me = usize::from(mesh.core().0);
+    let peers = mesh.peers();
+    let target = if spread {
+        least_busy(peers.iter().map(|peer| peer.connections.load(Ordering::Relaxed)), me)
+    } else {
+        me
+    };
+    peers[target].connections.fetch_add(1, Ordering::Relaxed);
+    if target == me {
+        return net.adopt(engine, socket, protocol);
+    }
+    if let Err(handoff) = mesh.hand_off(CoreId(target as u16), Handoff { socket, protocol }) {
+        let peers = mesh.peers();
+        peers[target].connections.fetch_sub(1, Ordering::Relaxed);
+        peers[me].connections.fetch_add(1, Ordering::Relaxed);
+        net.adopt(engine, handoff.socket, handoff.protocol);
+    }
+}
+
+/// The place of the smallest number; `me` among equals.
+fn least_busy(connections: impl Iterator<Item = u32>, me: usize) -> usize {
+    connections
+        .enumerate()
+        .min_by_key(|(core, count)| (*count, *core != me))
+        .map_or(me, |(core, _)| core)
+}
+
+/// The end of a server: answer what has been received, then close.
+struct Stopping {
+    deadline: Instant,
+    turns: u32,
+    closing: bool,
+    said_quiet: bool,
+}
+
+/// Turns in which requests that were on their way when the server was stopped are still read.
+const STOP_TURNS: u32 = 20;
+
+impl Stopping {
+    fn new() -> Self {
+        Self {
+            deadline: stop_deadline(),
+            turns: 0,
+            closing: false,
+            said_quiet: false,
+        }
+    }
+
+    fn is_done(&mut self, engine: &mut Engine, net: &mut Net, shared: &Shared) -> bool {
+        let late = Instant::now() >= self.deadline;
+        let listeners_closed = net.close_listeners();
+        self.turns += 1;
+        // Other cores may need this one for their last requests, so each goes on until all have nothing left.
+        std::thread::yield_now();
+        if self.turns > STOP_TURNS && !self.closing {
+            self.closing = true;
+            engine.close_all();
+        }
+        if self.closing && !self.said_quiet && (late || net.open() == 0 && engine.is_quiet()) {
+            self.said_quiet = true;
+            shared.quiet_cores.fetch_add(1, Ordering::SeqCst);
+        }
+        let all_quiet = usize::from(shared.quiet_cores.load(Ordering::SeqCst)) == shared.peers.len();
+        late || self.said_quiet && all_quiet && listeners_closed
+    }
+}

@@ -1,0 +1,458 @@
+//! One connection: what it sent and was not yet understood, its replies in the order of its requests, and what waits to be
+//! sent.
+
+use crate::encoding::Rope;
+use crate::metrics::Report;
+use crate::model::Class;
+use crate::protocol::{Decoder, Protocol};
+use std::collections::VecDeque;
+
+/// A reply that cannot leave yet, or has not come yet.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// When the request came, in the engine's nanoseconds.
+    pub(crate) arrived_ns: u64,
+    /// What the request costs of the link's credit in bytes; 0 when it did not leave this core.
+    pub(crate) cost_bytes: u32,
+    /// Where its latency counts.
+    pub(crate) class: Class,
+    /// Another core serves it.
+    pub(crate) forwarded: bool,
+    state: SlotState,
+}
+
+#[derive(Debug)]
+enum SlotState {
+    /// Another core is at it.
+    Waiting,
+    /// Its bytes lie in `held`.
+    Held { start: usize, length: usize },
+    /// Its bytes, with large values among them.
+    Whole(Box<Rope>),
+    /// Several cores are at it.
+    Gathering(Box<Gather>),
+}
+
+/// A request that all cores answer.
+#[derive(Debug)]
+pub(crate) struct Gather {
+    pub(crate) shape_code: u32,
+    pub(crate) report: Report,
+    /// How many cores have not answered.
+    pub(crate) missing: u16,
+}
+
+/// Why a connection's requests are not begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Blocked {
+    /// They are.
+    No,
+    /// All credit to this core is in use: it stands in that link's queue.
+    Credit(u16),
+    /// Its own limit, of requests in flight or bytes waiting, is reached.
+    Own,
+}
+
+/// A large value on its way in.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    /// The request line that announced it.
+    pub(crate) header: Vec<u8>,
+    /// What came of it.
+    pub(crate) value: Vec<u8>,
+    /// How long it will be. Charged to the memory limit until the request is done.
+    pub(crate) bytes: usize,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) protocol: Protocol,
+    pub(crate) peer: String,
+    pub(crate) decoder: Decoder,
+    /// Received and not decoded: the start of a request, or requests that must wait.
+    pub(crate) input: Vec<u8>,
+    pub(crate) incoming: Option<Incoming>,
+    /// How many bytes of input are to be dropped unread.
+    pub(crate) swallow: usize,
+    pub(crate) output: Output,
+    replies: Replies,
+    pub(crate) blocked: Blocked,
+    /// The runtime was told not to read.
+    pub(crate) paused: bool,
+    /// The client sends no more.
+    pub(crate) ended: bool,
+    /// Nothing more is decoded; the connection closes when its replies are sent.
+    pub(crate) closing: bool,
+    /// The runtime was told to close it.
+    pub(crate) close_told: bool,
+    /// The connection broke: nothing can be sent any more.
+    pub(crate) gone: bool,
+    /// The socket is closed; the session stays until its replies have come from other cores.
+    pub(crate) socket_closed: bool,
+    /// It stands in the engine's list of sessions to look after.
+    pub(crate) listed: bool,
+    pub(crate) last_received_ms: u64,
+    /// When the output last got shorter, or became non-empty.
+    pub(crate) last_sent_ms: u64,
+}
+
+impl Session {
+    pub(crate) fn new(protocol: Protocol, peer: String, now_ms: u64) -> Self {
+        Self {
+            protocol,
+            peer,
+            decoder: Decoder::new(protocol),
+            input: vec![],
+            incoming: None,
+            swallow: 0,
+            output: Output::default(),
+            replies: Replies::default(),
+            blocked: Blocked::No,
+            paused: false,
+            ended: false,
+            closing: false,
+            close_told: false,
+            gone: false,
+            socket_closed: false,
+            listed: false,
+            last_received_ms: now_ms,
+            last_sent_ms: now_ms,
+        }
+    }
+
+    /// How many replies are missing or stand behind a missing one.
+    #[inline]
+    pub(crate) fn in_flight(&self) -> usize {
+        self.replies.slots.len()
+    }
+
+    /// Bytes of replies that the client has not taken.
+    pub(crate) fn output_bytes(&self) -> usize {
+        self.output.len() + self.replies.held.len()
+    }
+
+    /// Where the next reply is to be written when it is known now. `None`: replies before it are missing, so it must wait
+    /// for them through [`Session::hold`].
+    #[inline]
+    pub(crate) fn direct(&mut self) -> Option<&mut Rope> {
+        self.replies.slots.is_empty().then_some(&mut self.output.filling)
+    }
+
+    /// Keeps a reply that is known now until those before it have come. `write` writes it.
+    pub(crate) fn hold(&mut self, class: Class, arrived_ns: u64, write: impl FnOnce(&mut Rope)) {
+        let state = self.replies.keep(write);
+        self.replies.slots.push_back(Slot {
+            arrived_ns,
+            cost_bytes: 0,
+            class,
+            forwarded: false,
+            state,
+        });
+    }
+
+    /// Makes room for the reply of another core; its number is to be given to [`Session::fill`].
+    #[inline]
+    pub(crate) fn await_reply(&mut self, class: Class, arrived_ns: u64, cost_bytes: u32) -> u32 {
+        self.push_slot(class, arrived_ns, cost_bytes, SlotState::Waiting)
+    }
+
+    /// Makes room for a reply that several cores give together.
+    pub(crate) fn await_gathered(&mut self, arrived_ns: u64, cost_bytes: u32, gather: Gather) -> u32 {
+        self.push_slot(
+            Class::Other,
+            arrived_ns,
+            cost_bytes,
+            SlotState::Gathering(Box::new(gather)),
+        )
+    }
+
+    fn push_slot(&mut self, class: Class, arrived_ns: u64, cost_bytes: u32, state: SlotState) -> u32 {
+        let number = self.replies.first.wrapping_add(self.replies.slots.len() as u32);
+        self.replies.slots.push_back(Slot {
+            arrived_ns,
+            cost_bytes,
+            class,
+            forwarded: true,
+            state,
+        });
+        number
+    }
+
+    /// What the slot `number` costs of its link's credit.
+    #[inline]
+    pub(crate) fn cost_bytes(&self, number: u32) -> u32 {
+        self.replies.slots[number.wrapping_sub(self.replies.first) as usize].cost_bytes
+    }
+
+    /// Fills the slot `number` with a record of `source`: `flat_len` bytes at `start`, with `splices` large values. Replies
+    /// that can leave now go to the output; `left` sees each of them.
+    #[inline]
+    pub(crate) fn fill(
+        &mut self,
+        number: u32,
+        source: &mut Rope,
+        start: usize,
+        flat_len: usize,
+        splices: usize,
+        left: impl FnMut(&Slot),
+    ) {
+        let index = number.wrapping_sub(self.replies.first) as usize;
+        if index == 0 {
+            // The usual case: the oldest one. No detour.
+            self.output.filling.append_from(source, start, flat_len, splices);
+            self.replies.slots[0].state = SlotState::Held { start: 0, length: 0 };
+            self.drain(left);
+            return;
+        }
+        let state = self
+            .replies
+            .keep(|out| out.append_from(source, start, flat_len, splices));
+        self.replies.slots[index].state = state;
+    }
+
+    /// The gathering at slot `number`.
+    pub(crate) fn gather(&mut self, number: u32) -> Option<&mut Gather> {
+        let index = number.wrapping_sub(self.replies.first) as usize;
+        match &mut self.replies.slots[index].state {
+            SlotState::Gathering(gather) => Some(gather),
+            _ => None,
+        }
+    }
+
+    /// Fills a slot whose cores have all answered.
+    pub(crate) fn fill_gathered(&mut self, number: u32, reply: Rope, left: impl FnMut(&Slot)) {
+        let index = number.wrapping_sub(self.replies.first) as usize;
+        self.replies.slots[index].state = SlotState::Whole(Box::new(reply));
+        self.drain(left);
+    }
+
+    fn drain(&mut self, mut left: impl FnMut(&Slot)) {
+        let replies = &mut self.replies;
+        while let Some(slot) = replies.slots.front_mut() {
+            match &mut slot.state {
+                SlotState::Waiting | SlotState::Gathering(_) => break,
+                SlotState::Held { start, length } => {
+                    self.output.filling.push(&replies.held[*start..*start + *length]);
+                    replies.held_used -= *length;
+                }
+                SlotState::Whole(rope) => self.output.filling.append(rope),
+            }
+            left(slot);
+            replies.slots.pop_front();
+            replies.first = replies.first.wrapping_add(1);
+        }
+        if replies.held_used == 0 {
+            replies.held.clear();
+        }
+    }
+}
+
+/// Replies in the order of their requests.
+#[derive(Debug, Default)]
+struct Replies {
+    slots: VecDeque<Slot>,
+    /// The number of the first slot.
+    first: u32,
+    /// Bytes of replies that wait behind missing ones.
+    held: Vec<u8>,
+    /// How many bytes of `held` a slot still refers to.
+    held_used: usize,
+}
+
+/// `held` is compacted when it is longer than this and mostly unused.
+const HELD_BYTES_SLACK: usize = 64 * 1024;
+
+impl Replies {
+    /// Writes a reply aside.
+    fn keep(&mut self, write: impl FnOnce(&mut Rope)) -> SlotState {
+        if self.held.len() > HELD_BYTES_SLACK.max(2 * self.held_used) {
+            self.compact();
+        }
+        let mut rope = Rope::default();
+        rope.flat = std::mem::take(&mut self.held);
+        let start = rope.flat.len();
+        write(&mut rope);
+        if rope.splices.is_empty() {
+            self.held = rope.flat;
+            let length = self.held.len() - start;
+            self.held_used += length;
+            return SlotState::Held { start, length };
+        }
+        // Large values among it: the reply becomes a rope of its own.
+        let mut whole = Rope::default();
+        let (length, splices) = (rope.flat.len() - start, rope.splices.len());
+        whole.append_from(&mut rope, start, length, splices);
+        rope.flat.truncate(start);
+        self.held = rope.flat;
+        SlotState::Whole(Box::new(whole))
+    }
+
+    #[cold]
+    fn compact(&mut self) {
+        let mut compacted = Vec::with_capacity(self.held_used);
+        for slot in &mut self.slots {
+            if let SlotState::Held { start, length } = &mut slot.state {
+                let moved = compacted.len();
+                compacted.extend_from_slice(&self.held[*start..*start + *length]);
+                *start = moved;
+            }
+        }
+        self.held = compacted;
+    }
+}
+
+/// Bytes on their way to the client: one rope being filled, one being sent.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    pub(crate) filling: Rope,
+    sending: Rope,
+    /// How much of `sending` has been sent: flat bytes, whole splices, and bytes of the splice after those.
+    sent_flat: usize,
+    sent_splices: usize,
+    sent_of_splice: usize,
+    unsent: usize,
+}
+
+impl Output {
+    /// Bytes that are not sent.
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.filling.len() + self.unsent
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.unsent == 0 && self.filling.is_empty()
+    }
+
+    /// Makes what was filled the next to be sent, when nothing is being sent. The bytes keep their addresses until
+    /// [`Output::sent`] has counted all of them.
+    #[inline]
+    pub(crate) fn start_sending(&mut self) {
+        if self.unsent == 0 {
+            std::mem::swap(&mut self.filling, &mut self.sending);
+            self.unsent = self.sending.len();
+        }
+    }
+
+    /// What is still to be sent of it, in order.
+    pub(crate) fn unsent(&self) -> impl Iterator<Item = &[u8]> {
+        let flat = &self.sending.flat;
+        let mut at = self.sent_flat;
+        let mut skip = self.sent_of_splice;
+        let splices = self.sending.splices.iter().skip(self.sent_splices);
+        let pieces = splices.flat_map(move |splice| {
+            let before = &flat[at..splice.at];
+            let value = &splice.bytes[skip..];
+            (at, skip) = (splice.at, 0);
+            [before, value]
+        });
+        let tail = match self.sending.splices.back() {
+            Some(last) => &flat[last.at.max(self.sent_flat)..],
+            None => &flat[self.sent_flat..],
+        };
+        pieces.chain(std::iter::once(tail)).filter(|piece| !piece.is_empty())
+    }
+
+    /// Counts bytes as sent. When all are, returns the buffer for reuse.
+    #[inline]
+    pub(crate) fn sent(&mut self, mut bytes: usize) -> Option<Vec<u8>> {
+        self.unsent -= bytes;
+        if self.unsent > 0 {
+            while bytes > 0 {
+                let (until, splice) = match self.sending.splices.get(self.sent_splices) {
+                    Some(splice) => (splice.at, splice.bytes.len()),
+                    None => (self.sending.flat.len(), 0),
+                };
+                let flat = bytes.min(until - self.sent_flat);
+                self.sent_flat += flat;
+                bytes -= flat;
+                let of_splice = bytes.min(splice - self.sent_of_splice);
+                self.sent_of_splice += of_splice;
+                bytes -= of_splice;
+                if splice > 0 && self.sent_of_splice == splice {
+                    self.sent_splices += 1;
+                    self.sent_of_splice = 0;
+                }
+            }
+            return None;
+        }
+        (self.sent_flat, self.sent_splices, self.sent_of_splice) = (0, 0, 0);
+        self.sending.clear(usize::MAX);
+        Some(std::mem::take(&mut self.sending.flat))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    /// However a socket takes the bytes, what it is offered next is exactly what it has not taken.
+    #[test]
+    fn short_sends_lose_nothing() {
+        for step in [1, 2, 3, 7, 100] {
+            let mut output = Output::default();
+            output.filling.push(b"one ");
+            output.filling.splice(Bytes::from_static(b"LARGE"));
+            output.filling.splice(Bytes::from_static(b"TWICE"));
+            output.filling.push(b" two");
+            let whole = output.filling.to_vec();
+            output.start_sending();
+            output.filling.push(b"later");
+            let mut taken = vec![];
+            loop {
+                let offered: Vec<u8> = output.unsent().flatten().copied().collect();
+                assert_eq!(offered, whole[taken.len()..]);
+                let count = step.min(offered.len());
+                taken.extend_from_slice(&offered[..count]);
+                if output.sent(count).is_some() {
+                    break;
+                }
+            }
+            assert_eq!(taken, whole);
+            assert_eq!(output.len(), 5);
+        }
+    }
+
+    /// Replies that come in any order leave in the order of their requests, also while the space aside is compacted.
+    #[test]
+    fn replies_leave_in_request_order() {
+        let mut session = Session::new(Protocol::Text, String::new(), 0);
+        let mut expected = vec![];
+        let mut numbers = vec![];
+        let mut sent = vec![];
+        for round in 0..200u32 {
+            let body = vec![b'a' + (round % 26) as u8; 1000];
+            expected.extend_from_slice(&body);
+            if round % 3 == 0 {
+                session.hold(Class::Get, 0, |out| out.push(&body));
+            } else {
+                numbers.push((session.await_reply(Class::Get, 0, 0), body));
+            }
+            if round % 2 == 1 && numbers.len() > 3 {
+                // The newest first, so that nothing can leave; large values among them.
+                let (number, body) = numbers.pop().unwrap();
+                let mut source = Rope::default();
+                source.push(&body[..500]);
+                if round % 4 == 1 {
+                    source.splice(Bytes::copy_from_slice(&body[500..]));
+                } else {
+                    source.push(&body[500..]);
+                }
+                let (flat, splices) = (source.flat.len(), source.splices.len());
+                session.fill(number, &mut source, 0, flat, splices, |_| {});
+            }
+        }
+        for (number, body) in numbers {
+            let mut source = Rope::default();
+            source.push(&body);
+            session.fill(number, &mut source, 0, body.len(), 0, |_| {});
+        }
+        assert_eq!(session.in_flight(), 0);
+        session.output.start_sending();
+        session.output.unsent().for_each(|piece| sent.extend_from_slice(piece));
+        assert_eq!(sent, expected);
+    }
+}

@@ -1,0 +1,527 @@
+//! One key-range shard: decides what a command does, in the order in which commands arrive.
+//!
+//! A command is evaluated against the present items, turned into writes, and answered, all in one call: nothing can come
+//! between. Time, memory and counters come in as arguments.
+
+use crate::budget::Budget;
+use crate::metrics::Counters;
+use crate::model::{
+    Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, ItemView, LARGE_VALUE_BYTES, NewVersion, Op,
+    Put, Removal, Reply, UnixMillis, Value, Version,
+};
+use crate::partition::Partitioner;
+use crate::store::{FETCHED, ItemRef, OutOfMemory, Parts, Position, STALE, Store, WON};
+use bytes::Bytes;
+
+/// What a shard needs from its core to do anything.
+#[derive(Debug)]
+pub(crate) struct Context<'a> {
+    /// The turn's time.
+    pub(crate) now: UnixMillis,
+    /// The core's part of the memory limit.
+    pub(crate) budget: &'a mut Budget,
+    /// The core's counters.
+    pub(crate) counters: &'a mut Counters,
+    /// The largest value, in bytes.
+    pub(crate) value_bytes_max: usize,
+}
+
+/// The owner of one token range.
+pub(crate) struct Shard {
+    store: Store,
+    /// The version given last. Starts from the wall clock in nanoseconds, so that a restarted server, which cannot have given
+    /// a version per nanosecond, never repeats one.
+    last_version: u64,
+    flush_at: Option<UnixMillis>,
+    /// For values that are built from two: reused, so that appending small values does not allocate twice.
+    scratch: Vec<u8>,
+}
+
+impl Shard {
+    /// An empty shard.
+    pub(crate) fn new(partitioner: Partitioner, now: UnixMillis, budget: &mut Budget) -> Self {
+        Self {
+            store: Store::new(partitioner, budget),
+            last_version: now.0.saturating_mul(1_000_000),
+            flush_at: None,
+            scratch: vec![],
+        }
+    }
+
+    /// Its table, to count and to look ahead.
+    #[inline]
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Empties the shard, at once or when the moment comes. A later order replaces an earlier one that has not come yet.
+    pub(crate) fn flush(&mut self, at: Option<UnixMillis>, context: &mut Context<'_>) {
+        context.counters.flushes += 1;
+        match at {
+            Some(at) if at > context.now => self.flush_at = Some(at),
+            _ => {
+                self.flush_at = None;
+                self.store.clear(context.budget);
+            }
+        }
+    }
+
+    /// Work that time brings: a flush that is due, and a bounded piece of sweeping and of giving memory back. Returns true
+    /// when there is more to do soon.
+    pub(crate) fn tick(&mut self, context: &mut Context<'_>, buckets: usize) -> bool {
+        if self.flush_at.is_some_and(|at| at <= context.now) {
+            self.flush_at = None;
+            self.store.clear(context.budget);
+        }
+        context.counters.expired += self.store.sweep(context.budget, context.now, buckets) as u64;
+        self.store.free_emptied(context.budget, 1)
+    }
+
+    /// Executes one command. `hash` is the key's, as [`crate::partition::Place`] has it.
+    #[inline]
+    pub(crate) fn execute(&mut self, hash: u64, command: &Command<'_>, context: &mut Context<'_>) -> Reply<'_> {
+        if let Op::Get {
+            version: false,
+            effects: None,
+        } = command.op
+        {
+            return self.get(hash, command.key, context);
+        }
+        match &command.op {
+            Op::Get { version, effects } => {
+                self.get_with(hash, command.key, *version, effects.unwrap_or_default(), context)
+            }
+            Op::Put(put) => self.put(hash, command.key, put, context),
+            Op::Delete(delete) => self.delete(hash, command.key, delete, context),
+            Op::Increment(increment) => self.increment(hash, command.key, increment, context),
+            Op::Touch(deadline) => self.touch(hash, command.key, *deadline, context),
+            Op::Inspect => match self.live(hash, command.key, context) {
+                None => Reply::NotFound,
+                Some(position) => Reply::Found(view(self.store.item(position))),
+            },
+        }
+    }
+
+    /// The item of `key`, unless its time is over: then it is removed.
+    #[inline]
+    fn live(&mut self, hash: u64, key: &[u8], context: &mut Context<'_>) -> Option<Position> {
+        let position = self.store.find(hash, key)?;
+        if self.store.item(position).deadline().is_over(context.now) {
+            self.store.remove(context.budget, position);
+            context.counters.expired += 1;
+            return None;
+        }
+        Some(position)
+    }
+
+    #[inline]
+    fn get(&mut self, hash: u64, key: &[u8], context: &mut Context<'_>) -> Reply<'_> {
+        let expired = context.counters.expired;
+        let Some(position) = self.live(hash, key, context) else {
+            context.counters.get_misses += 1;
+            context.counters.get_expired += context.counters.expired - expired;
+            return Reply::NotFound;
+        };
+        context.counters.get_hits += 1;
+        self.store.mark_access(position, context.now.seconds());
+        Reply::Found(view(self.store.item(position)))
+    }
+
+    fn get_with(
+        &mut self,
+        hash: u64,
+        key: &[u8],
+        version: bool,
+        effects: GetEffects,
+        context: &mut Context<'_>,
+    ) -> Reply<'_> {
+        let now = context.now;
+        let Some(position) = self.live(hash, key, context) else {
+            context.counters.get_misses += 1;
+            if effects.touch.is_some() {
+                context.counters.touch_misses += 1;
+            }
+            let Some((deadline, version)) = effects.create else {
+                return Reply::NotFound;
+            };
+            let parts = Parts {
+                deadline,
+                version: self.version_of(version),
+                state: WON,
+                ..empty(key, now)
+            };
+            return match self.write(hash, None, &parts, context) {
+                Err(OutOfMemory) => Reply::OutOfMemory,
+                Ok(position) => Reply::Found(ItemView {
+                    won: true,
+                    won_before: false,
+                    ..view(self.store.item(position))
+                }),
+            };
+        };
+        context.counters.get_hits += 1;
+        let before = view(self.store.item(position));
+        let remaining_s = before.deadline.remaining_seconds(now);
+        let ItemView {
+            deadline: deadline_before,
+            hit_before,
+            accessed_s,
+            stale,
+            won_before,
+            ..
+        } = before;
+        let due =
+            matches!((effects.refresh_below_s, remaining_s), (Some(limit), Some(left)) if left < u64::from(limit));
+        let won = (due || stale) && !won_before;
+        if won {
+            self.store.set_state(position, WON, 0);
+        }
+        if let Some(deadline) = effects.touch {
+            context.counters.touch_hits += 1;
+            self.store
+                .amend(context.budget, position, |parts| parts.deadline = deadline);
+        }
+        if version && self.store.item(position).version() == Version(0) {
+            let version = self.fresh_version();
+            // Without memory for a version the read still succeeds; version 0 matches no later condition.
+            self.store
+                .amend(context.budget, position, |parts| parts.version = version);
+        }
+        self.store.mark_access(position, now.seconds());
+        Reply::Found(ItemView {
+            deadline_before,
+            hit_before,
+            accessed_s,
+            won,
+            won_before,
+            ..view(self.store.item(position))
+        })
+    }
+
+    fn put(&mut self, hash: u64, key: &[u8], put: &Put<'_>, context: &mut Context<'_>) -> Reply<'_> {
+        context.counters.sets += 1;
+        let old = self.live(hash, key, context);
+        let mut state = 0;
+        let mut deadline = put.deadline;
+        match (put.condition, old) {
+            (Condition::Always, _) | (Condition::Absent, None) | (Condition::Present, Some(_)) => {}
+            (Condition::Absent, Some(_)) | (Condition::Present, None) => return Reply::NotStored,
+            (Condition::VersionIs(_), None) => {
+                context.counters.version_misses += 1;
+                return Reply::NotFound;
+            }
+            (Condition::VersionIs(expected), Some(position)) => {
+                let item = self.store.item(position);
+                if matches(item, expected) {
+                    context.counters.version_hits += 1;
+                } else if put.accept_as_stale && is_newer(item, expected) {
+                    state = STALE | item.state() & WON;
+                    deadline = item.deadline();
+                } else {
+                    context.counters.version_mismatches += 1;
+                    return Reply::VersionMismatch;
+                }
+            }
+        }
+        let version = self.version_of(put.version);
+        let parts = Parts {
+            key,
+            value: put.value,
+            flags: put.flags,
+            deadline,
+            version,
+            accessed_s: context.now.seconds(),
+            state,
+        };
+        let written = match (put.combine, old) {
+            (Combine::Replace, _) => self.write(hash, old, &parts, context),
+            (Combine::Append | Combine::Prepend, None) => match put.create {
+                None => return Reply::NotStored,
+                Some(deadline) => self.write(hash, None, &Parts { deadline, ..parts }, context),
+            },
+            (Combine::Append | Combine::Prepend, Some(position)) => {
+                let item = self.store.item(position);
+                if item.value_len() + put.value.bytes().len() > context.value_bytes_max {
+                    context.counters.too_large += 1;
+                    return Reply::TooLarge;
+                }
+                let parts = Parts {
+                    flags: item.flags(),
+                    deadline: item.deadline(),
+                    ..parts
+                };
+                let (first, second) = match put.combine {
+                    Combine::Prepend => (put.value.bytes(), item.value().bytes()),
+                    _ => (item.value().bytes(), put.value.bytes()),
+                };
+                let mut whole = std::mem::take(&mut self.scratch);
+                whole.clear();
+                whole.extend_from_slice(first);
+                whole.extend_from_slice(second);
+                self.write_built(hash, position, parts, whole, context)
+            }
+        };
+        match written {
+            Ok(_) => Reply::Stored(version),
+            Err(OutOfMemory) => Reply::OutOfMemory,
+        }
+    }
+
+    /// Writes a value that was built in the scratch buffer, and takes the buffer back unless the value keeps it.
+    fn write_built(
+        &mut self,
+        hash: u64,
+        position: Position,
+        parts: Parts<'_>,
+        value: Vec<u8>,
+        context: &mut Context<'_>,
+    ) -> Result<Position, OutOfMemory> {
+        if value.len() >= LARGE_VALUE_BYTES {
+            let value = Bytes::from(value);
+            let value = Value::Large(&value);
+            return self.write(hash, Some(position), &Parts { value, ..parts }, context);
+        }
+        let small = Value::Small(&value);
+        let written = self.write(hash, Some(position), &Parts { value: small, ..parts }, context);
+        self.scratch = value;
+        written
+    }
+
+    #[inline]
+    fn write(
+        &mut self,
+        hash: u64,
+        old: Option<Position>,
+        parts: &Parts<'_>,
+        context: &mut Context<'_>,
+    ) -> Result<Position, OutOfMemory> {
+        let written = self.store.write(context.budget, hash, old, parts);
+        match written {
+            Ok(_) => context.counters.items_written += 1,
+            Err(OutOfMemory) => context.counters.out_of_memory += 1,
+        }
+        written
+    }
+
+    fn delete(&mut self, hash: u64, key: &[u8], delete: &Delete, context: &mut Context<'_>) -> Reply<'_> {
+        let Some(position) = self.live(hash, key, context) else {
+            context.counters.delete_misses += 1;
+            return Reply::NotFound;
+        };
+        if let Condition::VersionIs(expected) = delete.condition
+            && !matches(self.store.item(position), expected)
+        {
+            let older_wanted = matches!(delete.removal, Removal::MarkStale(_));
+            if !(older_wanted && is_newer(self.store.item(position), expected)) {
+                context.counters.delete_misses += 1;
+                return Reply::VersionMismatch;
+            }
+        }
+        context.counters.delete_hits += 1;
+        if delete.removal == Removal::Remove {
+            self.store.remove(context.budget, position);
+            return Reply::Deleted(Version(0));
+        }
+        let version = self.version_of(delete.version);
+        let amended = self.store.amend(context.budget, position, |parts| {
+            parts.version = version;
+            match delete.removal {
+                Removal::MarkStale(deadline) => {
+                    // The next reader may win the right to refresh it.
+                    parts.state = parts.state & !WON | STALE;
+                    parts.deadline = deadline.unwrap_or(parts.deadline);
+                }
+                _ => (parts.value, parts.flags) = (Value::Small(&[]), 0),
+            }
+        });
+        if amended {
+            Reply::Deleted(version)
+        } else {
+            Reply::OutOfMemory
+        }
+    }
+
+    fn increment(&mut self, hash: u64, key: &[u8], increment: &Increment, context: &mut Context<'_>) -> Reply<'_> {
+        let old = self.live(hash, key, context);
+        let counters_hits_misses = |counters: &mut Counters, hit: bool| match (increment.subtract, hit) {
+            (false, true) => counters.increment_hits += 1,
+            (false, false) => counters.increment_misses += 1,
+            (true, true) => counters.decrement_hits += 1,
+            (true, false) => counters.decrement_misses += 1,
+        };
+        let Some(position) = old else {
+            counters_hits_misses(context.counters, false);
+            let Some((initial, deadline)) = increment.create else {
+                return Reply::NotFound;
+            };
+            let digits = Decimal::new(initial);
+            let parts = Parts {
+                value: Value::Small(digits.bytes()),
+                deadline,
+                version: self.version_of(increment.version),
+                ..empty(key, context.now)
+            };
+            return match self.write(hash, None, &parts, context) {
+                Ok(position) => Reply::Counted(initial, view(self.store.item(position))),
+                Err(OutOfMemory) => Reply::OutOfMemory,
+            };
+        };
+        let item = self.store.item(position);
+        if let Condition::VersionIs(expected) = increment.condition
+            && !matches(item, expected)
+        {
+            context.counters.version_mismatches += 1;
+            return Reply::VersionMismatch;
+        }
+        let Some(number) = parse_number(item.value().bytes()) else {
+            return Reply::NotANumber;
+        };
+        counters_hits_misses(context.counters, true);
+        let result = if increment.subtract {
+            number.saturating_sub(increment.delta)
+        } else {
+            number.wrapping_add(increment.delta)
+        };
+        let digits = Decimal::new(result);
+        // A shorter number keeps the length of the old one, filled with blanks.
+        let mut padded = [b' '; NUMBER_BYTES_MAX];
+        padded[..digits.bytes().len()].copy_from_slice(digits.bytes());
+        let length = digits.bytes().len().max(item.value_len());
+        let (flags, deadline_before) = (item.flags(), item.deadline());
+        let deadline = increment.touch.unwrap_or(deadline_before);
+        let parts = Parts {
+            value: Value::Small(&padded[..length]),
+            flags,
+            deadline,
+            version: self.version_of(increment.version),
+            ..empty(key, context.now)
+        };
+        // Counting neither reads the item nor replaces it: the marks and the time of the last access stay.
+        let item = self.store.item(position);
+        let parts = Parts {
+            state: item.state(),
+            accessed_s: item.accessed_s(),
+            ..parts
+        };
+        match self.write(hash, Some(position), &parts, context) {
+            Ok(position) => Reply::Counted(
+                result,
+                ItemView {
+                    deadline_before,
+                    ..view(self.store.item(position))
+                },
+            ),
+            Err(OutOfMemory) => Reply::OutOfMemory,
+        }
+    }
+
+    fn touch(&mut self, hash: u64, key: &[u8], deadline: Deadline, context: &mut Context<'_>) -> Reply<'_> {
+        let Some(position) = self.live(hash, key, context) else {
+            context.counters.touch_misses += 1;
+            return Reply::NotFound;
+        };
+        context.counters.touch_hits += 1;
+        if !self
+            .store
+            .amend(context.budget, position, |parts| parts.deadline = deadline)
+        {
+            return Reply::OutOfMemory;
+        }
+        self.store.mark_access(position, context.now.seconds());
+        Reply::Touched
+    }
+
+    fn fresh_version(&mut self) -> Version {
+        self.last_version += 1;
+        Version(self.last_version)
+    }
+
+    #[inline]
+    fn version_of(&mut self, version: NewVersion) -> Version {
+        match version {
+            NewVersion::OnDemand => Version(0),
+            NewVersion::Now => self.fresh_version(),
+            NewVersion::Exactly(version) => version,
+        }
+    }
+}
+
+fn empty(key: &[u8], now: UnixMillis) -> Parts<'_> {
+    Parts {
+        key,
+        value: Value::Small(&[]),
+        flags: 0,
+        deadline: Deadline::Never,
+        version: Version(0),
+        accessed_s: now.seconds(),
+        state: 0,
+    }
+}
+
+fn matches(item: ItemRef<'_>, expected: Version) -> bool {
+    item.version() != Version(0) && item.version() == expected
+}
+
+/// True when the item was written after somebody was given `version`: an item that has none was overwritten since then.
+fn is_newer(item: ItemRef<'_>, version: Version) -> bool {
+    item.version() == Version(0) || item.version() > version
+}
+
+#[inline]
+fn view(item: ItemRef<'_>) -> ItemView<'_> {
+    let state = item.state();
+    ItemView {
+        value: item.value(),
+        flags: item.flags(),
+        version: item.version(),
+        deadline: item.deadline(),
+        deadline_before: item.deadline(),
+        accessed_s: item.accessed_s(),
+        hit_before: state & FETCHED != 0,
+        stale: state & STALE != 0,
+        won: false,
+        won_before: state & WON != 0,
+        charged_bytes: item.charged_bytes(),
+    }
+}
+
+/// The most digits a number of 64 bits has.
+const DIGITS_MAX: usize = 20;
+/// The most bytes a value that is counted on may have, leading zeros and padding included.
+const NUMBER_BYTES_MAX: usize = 64;
+
+/// A number in decimal, on the stack.
+struct Decimal {
+    digits: [u8; DIGITS_MAX],
+    start: usize,
+}
+
+impl Decimal {
+    fn new(mut number: u64) -> Self {
+        let (mut digits, mut start) = ([0; DIGITS_MAX], DIGITS_MAX);
+        loop {
+            start -= 1;
+            digits[start] = b'0' + (number % 10) as u8;
+            number /= 10;
+            if number == 0 {
+                return Self { digits, start };
+            }
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.digits[self.start..]
+    }
+}
+
+/// A decimal number of 64 bits at the start of a value: white space before it and anything behind white space or NUL after
+/// it do not matter, because a number that shrank is padded with blanks.
+fn parse_number(value: &[u8]) -> Option<u64> {
+    if value.len() > NUMBER_BYTES_MAX {
+        return None;
+    }
+    let value = value.trim_ascii_start();
+    let ends = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
+    let end = value.iter().position(ends).unwrap_or(value.len());
+    std::str::from_utf8(&value[..end]).ok()?.parse().ok()
+}
