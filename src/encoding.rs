@@ -286,7 +286,7 @@ pub fn push_command(out: &mut Rope, command: &Command<'_>) {
             effects: Some(effects),
         } => {
             head(GET_EFFECTS);
-            flat.push(u8::from(*version));
+            flat.push(u8::from(*version) | u8::from(effects.keep_access) << 1);
             push_option(flat, effects.touch, push_deadline);
             push_option(flat, effects.create, |out, (deadline, version)| {
                 push_deadline(out, deadline);
@@ -301,7 +301,8 @@ pub fn push_command(out: &mut Rope, command: &Command<'_>) {
                 && put.condition == Condition::Always
                 && put.version == NewVersion::OnDemand
                 && !put.accept_as_stale
-                && put.create.is_none();
+                && put.create.is_none()
+                && !put.key_encoded;
             head(match (plain, put.value) {
                 (true, Value::Small(_)) => PUT,
                 (true, Value::Large(_)) => PUT_LARGE,
@@ -309,7 +310,7 @@ pub fn push_command(out: &mut Rope, command: &Command<'_>) {
                 (false, Value::Large(_)) => PUT_GENERAL_LARGE,
             });
             if !plain {
-                flat.push(put.combine as u8 | u8::from(put.accept_as_stale) << 4);
+                flat.push(put.combine as u8 | u8::from(put.accept_as_stale) << 4 | u8::from(put.key_encoded) << 5);
                 push_condition(flat, put.condition);
                 push_new_version(flat, put.version);
                 push_option(flat, put.create, push_deadline);
@@ -374,14 +375,18 @@ pub fn read_command<'a>(reader: &mut Reader<'a>, large: Option<&'a Bytes>) -> Co
             version: kind == GET_VERSION,
             effects: None,
         },
-        GET_EFFECTS => Op::Get {
-            version: reader.u8() == 1,
-            effects: Some(GetEffects {
-                touch: reader.option(Reader::deadline),
-                create: reader.option(|reader| (reader.deadline(), reader.new_version())),
-                refresh_below_s: reader.option(|reader| reader.u64() as u32),
-            }),
-        },
+        GET_EFFECTS => {
+            let bits = reader.u8();
+            Op::Get {
+                version: bits & 1 != 0,
+                effects: Some(GetEffects {
+                    touch: reader.option(Reader::deadline),
+                    create: reader.option(|reader| (reader.deadline(), reader.new_version())),
+                    refresh_below_s: reader.option(|reader| reader.u64() as u32),
+                    keep_access: bits & 2 != 0,
+                }),
+            }
+        }
         PUT | PUT_GENERAL | PUT_LARGE | PUT_GENERAL_LARGE => {
             let mut put = Put {
                 value: Value::Small(&[]),
@@ -392,6 +397,7 @@ pub fn read_command<'a>(reader: &mut Reader<'a>, large: Option<&'a Bytes>) -> Co
                 version: NewVersion::OnDemand,
                 accept_as_stale: false,
                 create: None,
+                key_encoded: false,
             };
             if matches!(kind, PUT_GENERAL | PUT_GENERAL_LARGE) {
                 let bits = reader.u8();
@@ -401,6 +407,7 @@ pub fn read_command<'a>(reader: &mut Reader<'a>, large: Option<&'a Bytes>) -> Co
                     _ => Combine::Prepend,
                 };
                 put.accept_as_stale = bits & 0x10 != 0;
+                put.key_encoded = bits & 0x20 != 0;
                 put.condition = reader.condition();
                 put.version = reader.new_version();
                 put.create = reader.option(Reader::deadline);
@@ -485,6 +492,7 @@ mod tests {
             version: NewVersion::OnDemand,
             accept_as_stale: false,
             create: None,
+            key_encoded: false,
         };
         let mut ops = vec![
             Op::Get {
@@ -501,6 +509,7 @@ mod tests {
                     touch: Some(Deadline::Never),
                     create: Some((at, NewVersion::Exactly(Version(8)))),
                     refresh_below_s: Some(30),
+                    keep_access: true,
                 }),
             },
             Op::Put(put),
@@ -512,6 +521,7 @@ mod tests {
                 version: NewVersion::Exactly(Version(9)),
                 accept_as_stale: true,
                 create: Some(at),
+                key_encoded: true,
                 ..put
             }),
             Op::Increment(Increment {

@@ -8,17 +8,20 @@
 
 use crate::budget::{Budget, Pool};
 use crate::config::Config;
-use crate::encoding::{Reader, Rope, push_broadcast, push_command, read_broadcast, read_command, reads_large};
+use crate::encoding::{Reader, Rope, read_broadcast, read_command, reads_large};
+use crate::link::{
+    BROADCAST_COST_BYTES, Batch, CreditLimits, Direction, Link, ReplyRecord, Request, Return, cost_bytes,
+};
 use crate::metrics::{ConnectionFacts, Counters, Metrics, PrefixCounts, Report};
 use crate::model::{Broadcast, Class, Command, CoreId, Op, Reply, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, ServerFacts, Shape, Step};
 use crate::session::{Blocked, Gather, Incoming, Session, Slot};
 use crate::shard::{Context, Shard};
+use crate::store::Store;
 use ahash::AHashMap;
 use bumpalo::Bump;
 use bytes::Bytes;
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
@@ -33,24 +36,6 @@ const PREFIXES_MAX: usize = 1000;
 /// in one turn.
 const SWEEP_BUCKETS_PER_MS: u64 = 64;
 const SWEEP_BUCKETS_MAX: u64 = 4096;
-
-/// What travels between two cores in one turn: records without a gap, and the large values they refer to.
-#[derive(Debug, Default)]
-pub struct Batch {
-    /// The records.
-    pub rope: Rope,
-}
-
-/// Both directions of traffic with one other core, as far as this core sends it.
-struct Link {
-    requests: Box<Batch>,
-    replies: Box<Batch>,
-    /// Requests sent, or about to be, and not answered; and what they cost in bytes.
-    used_requests: u32,
-    used_bytes: u64,
-    /// Sessions that wait for credit, the longest waiting first.
-    waiters: VecDeque<u32>,
-}
 
 /// What a connection needs from the runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,15 +59,6 @@ pub enum Loaded {
     OutOfMemory,
 }
 
-/// The kinds of batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// Requests to the owner of a key.
-    Requests,
-    /// Replies to the core that has the connection.
-    Replies,
-}
-
 /// One core. See the module's text.
 pub struct Engine {
     core: CoreId,
@@ -101,6 +77,7 @@ pub struct Engine {
     process: ProcessFacts,
     attention: Vec<u32>,
     buffers: Vec<Vec<u8>>,
+    #[expect(clippy::vec_box, reason = "batches travel between cores as boxes")]
     batches: Vec<Box<Batch>>,
     arena: Bump,
     value_bytes_max: usize,
@@ -112,11 +89,6 @@ pub struct Engine {
     background: bool,
     stop_asked: bool,
 }
-
-const REQUEST_HEADER_BYTES: usize = 32;
-const REPLY_HEADER_BYTES: usize = 16;
-const COMMAND: u8 = 0;
-const BROADCAST: u8 = 1;
 
 /// A request that was decoded and is yet to be executed.
 struct Planned<'a> {
@@ -138,16 +110,13 @@ impl Engine {
             .iter()
             .map(|_| Shard::new(partitioner, now, &mut budget))
             .collect();
-        let link = |_| Link {
-            requests: Box::default(),
-            replies: Box::default(),
-            used_requests: 0,
-            used_bytes: 0,
-            waiters: VecDeque::new(),
+        let limits = CreditLimits {
+            requests_max: config.limits.mesh_requests_max,
+            bytes_max: config.limits.mesh_bytes_max.0,
         };
         Self {
             core,
-            links: (0..table.cores()).map(link).collect(),
+            links: (0..table.cores()).map(|_| Link::new(limits)).collect(),
             first_shard: owned.first().map_or(0, |shard| shard.0),
             shards,
             table,
@@ -273,6 +242,7 @@ impl Engine {
             version: crate::model::NewVersion::OnDemand,
             accept_as_stale: false,
             create: None,
+            key_encoded: false,
         };
         let command = Command { key, op: Op::Put(put) };
         let mut context = Context {
@@ -320,7 +290,7 @@ impl Engine {
             self.budget.release(incoming.bytes);
         }
         if let Blocked::Credit(link) = std::mem::replace(&mut session.blocked, Blocked::Own) {
-            self.links[usize::from(link)].waiters.retain(|waiter| *waiter != id);
+            self.links[usize::from(link)].stop_waiting(id);
         }
         self.forget_if_done(id);
     }
@@ -552,9 +522,7 @@ impl Engine {
                     break;
                 }
             } else {
-                self.shards[usize::from(shard - self.first_shard)]
-                    .store()
-                    .prefetch_bucket(place.hash);
+                self.store_of(shard).prefetch_bucket(place.hash);
             }
             at += step.used;
             session.decoder = step.next;
@@ -572,9 +540,7 @@ impl Engine {
         }
         if planned.len() > 1 {
             for request in planned.iter().filter(|request| request.link.is_none()) {
-                self.shards[usize::from(request.shard - self.first_shard)]
-                    .store()
-                    .prefetch_item(request.place.hash);
+                self.store_of(request.shard).prefetch_item(request.place.hash);
             }
         }
         for request in &planned {
@@ -598,26 +564,17 @@ impl Engine {
         Some(self.table.core_of(crate::model::ShardId(shard)).0)
     }
 
-    /// Takes credit for one request; false when all is in use or others wait for it already.
+    /// Takes credit for one request; `resumed`: the link whose queue the asking session has just left.
     #[inline]
     fn take_credit(&mut self, link: u16, cost_bytes: u32, resumed: Option<u16>) -> bool {
-        let limits = &self.config.limits;
-        let state = &mut self.links[usize::from(link)];
-        let free = state.used_requests < limits.mesh_requests_max
-            && (state.used_requests == 0 || state.used_bytes + u64::from(cost_bytes) <= limits.mesh_bytes_max.0)
-            && (state.waiters.is_empty() || resumed == Some(link));
-        if free {
-            state.used_requests += 1;
-            state.used_bytes += u64::from(cost_bytes);
-        }
-        free
+        self.links[usize::from(link)].take_credit(cost_bytes, resumed == Some(link))
     }
 
     #[cold]
     fn block_on(&mut self, session: &mut Session, id: u32, link: u16) {
         self.metrics.counters.credit_waits += 1;
         session.blocked = Blocked::Credit(link);
-        self.links[usize::from(link)].waiters.push_back(id);
+        self.links[usize::from(link)].wait(id);
     }
 
     /// Executes a request here, or sends it to its owner. Credit for that was taken.
@@ -627,14 +584,14 @@ impl Engine {
         let (shape, command) = (&request.shape, &request.command);
         if let Some(link) = request.link {
             let cost_bytes = cost_bytes(command, shape);
-            let number = session.await_reply(class, self.now_ns, cost_bytes);
+            let number = session.expect_reply(class, self.now_ns, cost_bytes);
             self.metrics.counters.forwarded += 1;
-            let rope = &mut self.links[usize::from(link)].requests.rope;
-            let start = push_request_header(rope, id, number, session.protocol, COMMAND, shape);
-            rope.flat[start + 12..start + 20].copy_from_slice(&request.place.hash.to_le_bytes());
-            rope.flat[start + 20..start + 22].copy_from_slice(&request.shard.to_le_bytes());
-            push_command(rope, command);
-            finish_request(rope, start);
+            let to = Return {
+                session: id,
+                number,
+                protocol: session.protocol,
+            };
+            self.links[usize::from(link)].push_command(to, request.place, request.shard, shape, command);
             return;
         }
         let shard = usize::from(request.shard - self.first_shard);
@@ -672,7 +629,7 @@ impl Engine {
         }
         let out = match target {
             Target::Output(out) => out,
-            Target::Link(link) => &mut self.links[link].replies.rope,
+            Target::Link(link) => self.links[link].replies(),
         };
         protocol::encode(protocol, shape, command.key, &reply, self.now, out);
     }
@@ -827,15 +784,15 @@ impl Engine {
         shape: &Shape<'_>,
         resumed: Option<u16>,
     ) -> bool {
-        let cost_bytes = (REQUEST_HEADER_BYTES * 2) as u32;
+        let cost_bytes = BROADCAST_COST_BYTES;
         let others: Vec<u16> = (0..self.links.len() as u16)
             .filter(|link| *link != self.core.0)
             .collect();
         for (taken, link) in others.iter().enumerate() {
             if !self.take_credit(*link, cost_bytes, resumed) {
-                others[..taken]
-                    .iter()
-                    .for_each(|link| self.release_credit(*link, cost_bytes));
+                for link in &others[..taken] {
+                    self.links[usize::from(*link)].release_credit(cost_bytes);
+                }
                 self.block_on(session, id, *link);
                 return false;
             }
@@ -850,13 +807,15 @@ impl Engine {
             report,
             missing: others.len() as u16,
         };
-        let number = session.await_gathered(self.now_ns, cost_bytes, gather);
+        let number = session.expect_gathered(self.now_ns, cost_bytes, gather);
         for link in others {
             self.metrics.counters.forwarded += 1;
-            let rope = &mut self.links[usize::from(link)].requests.rope;
-            let start = push_request_header(rope, id, number, session.protocol, BROADCAST, &Shape::code(shape.code));
-            push_broadcast(&mut rope.flat, broadcast);
-            finish_request(rope, start);
+            let to = Return {
+                session: id,
+                number,
+                protocol: session.protocol,
+            };
+            self.links[usize::from(link)].push_broadcast(to, broadcast);
         }
         self.finish_gathering(session, number);
         true
@@ -952,104 +911,82 @@ impl Engine {
     pub fn requests(&mut self, from: CoreId, mut batch: Box<Batch>) {
         let link = usize::from(from.0);
         let flat = std::mem::take(&mut batch.rope.flat);
-        let mut ahead = Reader(&flat);
         let mut reader = Reader(&flat);
         while !reader.0.is_empty() {
             // Look ahead over a window, so that the memory of its requests is on its way before the first is executed.
-            let mut window = 0;
-            let looked_from = ahead;
-            while window < WINDOW && !ahead.0.is_empty() {
-                let record = record_of(&mut ahead);
-                if record[23] == COMMAND {
-                    let (hash, shard) = hash_and_shard(record);
-                    self.shards[usize::from(shard - self.first_shard)]
-                        .store()
-                        .prefetch_bucket(hash);
+            let mut window = arrayvec::ArrayVec::<Request<'_>, WINDOW>::new();
+            while !window.is_full() && !reader.0.is_empty() {
+                let request = Request::read(&mut reader);
+                if request.is_command {
+                    self.store_of(request.shard).prefetch_bucket(request.hash);
                 }
-                window += 1;
+                window.push(request);
             }
-            if window > 1 {
-                let mut again = looked_from;
-                for _ in 0..window {
-                    let record = record_of(&mut again);
-                    if record[23] == COMMAND {
-                        let (hash, shard) = hash_and_shard(record);
-                        self.shards[usize::from(shard - self.first_shard)]
-                            .store()
-                            .prefetch_item(hash);
-                    }
+            if window.len() > 1 {
+                for request in window.iter().filter(|request| request.is_command) {
+                    self.store_of(request.shard).prefetch_item(request.hash);
                 }
             }
-            for _ in 0..window {
-                let record = record_of(&mut reader);
-                self.serve(link, record, &mut batch.rope);
+            for request in window {
+                self.serve(link, request, &mut batch.rope);
             }
         }
         batch.rope.flat = flat;
         self.recycle(batch);
     }
 
-    /// Executes one record of requests; its large value, when it has one, is the next of `large`.
     #[inline]
-    fn serve(&mut self, link: usize, record: &[u8], large: &mut Rope) {
+    fn store_of(&self, shard: u16) -> &Store {
+        self.shards[usize::from(shard - self.first_shard)].store()
+    }
+
+    /// Executes a request of another core; its large value, when it has one, is the next of `large`.
+    #[inline]
+    fn serve(&mut self, link: usize, request: Request<'_>, large: &mut Rope) {
         self.metrics.counters.served_for_others += 1;
-        let mut reader = Reader(&record[4..]);
-        let ids = reader.bytes(8);
-        let hash = reader.u64();
-        let shard = reader.u16();
-        let protocol = Protocol::ALL[usize::from(reader.u8())];
-        let kind = reader.u8();
-        let code = reader.u32();
-        let text_len = usize::from(reader.u16());
-        reader.u16();
-        let text = reader.bytes(text_len);
-        let replies = &mut self.links[link].replies.rope;
-        let (start, splices) = (replies.flat.len(), replies.splices.len());
-        replies.flat.extend_from_slice(ids);
-        replies.flat.extend_from_slice(&[0; REPLY_HEADER_BYTES - 8]);
-        if kind == BROADCAST {
-            let report = self.answer_broadcast(read_broadcast(&mut reader));
-            report.push(&mut self.links[link].replies.rope.flat);
-        } else {
+        let start = self.links[link].begin_reply(request.to);
+        if request.is_command {
             // A spliced value belongs to the record whose command says so, and records are read in order.
-            let value = if reads_large(&reader) {
+            let value = if reads_large(&request.body) {
                 large.splices.pop_front()
             } else {
                 None
             };
             let value = value.map(|splice| splice.bytes);
-            let command = read_command(&mut reader, value.as_ref());
-            let shape = Shape { code, text };
-            let shard = usize::from(shard - self.first_shard);
-            self.execute(shard, hash, &command, protocol, &shape, Target::Link(link));
+            let command = read_command(&mut { request.body }, value.as_ref());
+            let shard = usize::from(request.shard - self.first_shard);
+            let (protocol, shape) = (request.protocol, &request.shape);
+            self.execute(shard, request.hash, &command, protocol, shape, Target::Link(link));
+        } else {
+            let report = self.answer_broadcast(read_broadcast(&mut { request.body }));
+            report.push(&mut self.links[link].replies().flat);
         }
-        let replies = &mut self.links[link].replies.rope;
-        let length = (replies.flat.len() - start - REPLY_HEADER_BYTES) as u32;
-        let splices = (replies.splices.len() - splices) as u16;
-        replies.flat[start + 8..start + 12].copy_from_slice(&length.to_le_bytes());
-        replies.flat[start + 12..start + 14].copy_from_slice(&splices.to_le_bytes());
+        self.links[link].finish_reply(start);
     }
 
     /// Replies came from core `from`. The batch is emptied, sessions that waited go on.
     pub fn replies(&mut self, from: CoreId, mut batch: Box<Batch>) {
         let mut at = 0;
         while at < batch.rope.flat.len() {
-            let mut header = Reader(&batch.rope.flat[at..at + REPLY_HEADER_BYTES]);
-            let (id, number) = (header.u32(), header.u32());
-            let (length, splices) = (header.u32() as usize, usize::from(header.u16()));
-            at += REPLY_HEADER_BYTES;
-            self.reply(from, id, number, &mut batch.rope, at, length, splices);
-            at += length;
+            let (record, next) = ReplyRecord::read(&batch.rope.flat, at);
+            self.reply(from, record, &mut batch.rope);
+            at = next;
         }
         self.recycle(batch);
         self.resume_waiters(from.0);
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the fields of one record")]
     #[inline]
-    fn reply(&mut self, from: CoreId, id: u32, number: u32, rope: &mut Rope, at: usize, length: usize, splices: usize) {
+    fn reply(&mut self, from: CoreId, record: ReplyRecord, rope: &mut Rope) {
+        let ReplyRecord {
+            session: id,
+            number,
+            at,
+            length,
+            splices,
+        } = record;
         let mut session = self.take(id).expect("a session stays until all its replies have come");
-        self.release_credit(from.0, session.cost_bytes(number));
+        self.links[usize::from(from.0)].release_credit(session.cost_bytes(number));
         if let Some(gather) = session.gather(number) {
             gather
                 .report
@@ -1073,24 +1010,12 @@ impl Engine {
         self.put_back(id, session);
     }
 
-    fn release_credit(&mut self, link: u16, cost_bytes: u32) {
-        let link = &mut self.links[usize::from(link)];
-        link.used_requests -= 1;
-        link.used_bytes -= u64::from(cost_bytes);
-    }
-
     /// Lets sessions go on that wait for credit, the longest waiting first, while there is credit.
     fn resume_waiters(&mut self, link: u16) {
-        let waiting = self.links[usize::from(link)].waiters.len();
-        for _ in 0..waiting {
-            let state = &mut self.links[usize::from(link)];
-            let limits = &self.config.limits;
-            if state.used_requests >= limits.mesh_requests_max
-                || (state.used_requests > 0 && state.used_bytes >= limits.mesh_bytes_max.0)
-            {
+        for _ in 0..self.links[usize::from(link)].waiting() {
+            let Some(id) = self.links[usize::from(link)].next_waiter() else {
                 break;
-            }
-            let Some(id) = state.waiters.pop_front() else { break };
+            };
             let Some(mut session) = self.take(id) else { continue };
             session.blocked = Blocked::No;
             self.advance_input(&mut session, id, Some(link));
@@ -1110,24 +1035,16 @@ impl Engine {
     #[inline]
     pub fn outgoing(&mut self, to: CoreId, direction: Direction) -> Option<Box<Batch>> {
         let link = &mut self.links[usize::from(to.0)];
-        let batch = match direction {
-            Direction::Requests => &mut link.requests,
-            Direction::Replies => &mut link.replies,
-        };
-        if batch.rope.is_empty() {
+        if !link.has_outgoing(direction) {
             return None;
         }
-        Some(std::mem::replace(batch, self.batches.pop().unwrap_or_default()))
+        Some(link.take_outgoing(direction, self.batches.pop().unwrap_or_default()))
     }
 
     /// There is something to send to core `to`.
     #[inline]
     pub fn has_outgoing(&self, to: CoreId, direction: Direction) -> bool {
-        let link = &self.links[usize::from(to.0)];
-        match direction {
-            Direction::Requests => !link.requests.rope.is_empty(),
-            Direction::Replies => !link.replies.rope.is_empty(),
-        }
+        self.links[usize::from(to.0)].has_outgoing(direction)
     }
 
     // ---- what the runtime does next ----
@@ -1205,10 +1122,7 @@ impl Engine {
             .iter()
             .flatten()
             .all(|session| session.output_bytes() == 0 && session.in_flight() == 0)
-            && self
-                .links
-                .iter()
-                .all(|link| link.used_requests == 0 && link.replies.rope.is_empty())
+            && self.links.iter().all(Link::is_quiet)
     }
 
     /// Closes all connections when what they sent so far is answered.
@@ -1231,62 +1145,6 @@ enum Target<'a> {
 
 fn count_answered(metrics: &mut Metrics, slot: &Slot) {
     metrics.answered_later(slot.class, slot.arrived_ns, slot.forwarded);
-}
-
-/// What a request takes of its link's credit in bytes: its record, nearly, and its value.
-#[inline]
-fn cost_bytes(command: &Command<'_>, shape: &Shape<'_>) -> u32 {
-    let value = match &command.op {
-        Op::Put(put) => put.value.bytes().len(),
-        _ => 0,
-    };
-    (2 * REQUEST_HEADER_BYTES + command.key.len() + shape.text.len() + value) as u32
-}
-
-/// Appends a request's header and the text of its shape; returns where the record starts.
-///
-/// ```text
-/// 0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
-/// 24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command or broadcast
-/// ```
-#[inline]
-fn push_request_header(
-    rope: &mut Rope,
-    id: u32,
-    number: u32,
-    protocol: Protocol,
-    kind: u8,
-    shape: &Shape<'_>,
-) -> usize {
-    let start = rope.flat.len();
-    let mut header = [0; REQUEST_HEADER_BYTES];
-    header[4..8].copy_from_slice(&id.to_le_bytes());
-    header[8..12].copy_from_slice(&number.to_le_bytes());
-    header[22] = protocol as u8;
-    header[23] = kind;
-    header[24..28].copy_from_slice(&shape.code.to_le_bytes());
-    header[28..30].copy_from_slice(&(shape.text.len() as u16).to_le_bytes());
-    rope.push(&header);
-    rope.push(shape.text);
-    start
-}
-
-#[inline]
-fn finish_request(rope: &mut Rope, start: usize) {
-    let length = (rope.flat.len() - start) as u32;
-    rope.flat[start..start + 4].copy_from_slice(&length.to_le_bytes());
-}
-
-#[inline]
-fn record_of<'a>(reader: &mut Reader<'a>) -> &'a [u8] {
-    let length = { *reader }.u32() as usize;
-    reader.bytes(length)
-}
-
-#[inline]
-fn hash_and_shard(record: &[u8]) -> (u64, u16) {
-    let mut reader = Reader(&record[12..]);
-    (reader.u64(), reader.u16())
 }
 
 fn count_prefix(prefixes: &mut AHashMap<Vec<u8>, PrefixCounts>, command: &Command<'_>, reply: &Reply<'_>) {

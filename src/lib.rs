@@ -3,6 +3,7 @@ pub mod budget;
 pub mod config;
 pub mod encoding;
 pub mod engine;
+pub mod link;
 pub mod metrics;
 pub mod model;
 pub mod partition;

@@ -137,6 +137,8 @@ pub struct Put<'a> {
     pub accept_as_stale: bool,
     /// `Append`/`Prepend` to a missing item creates it with this deadline.
     pub create: Option<Deadline>,
+    /// The client wrote the key in an encoded form and wants it shown so.
+    pub key_encoded: bool,
 }
 
 /// What happens to the item that a [`Delete`] hits.
@@ -188,6 +190,8 @@ pub struct GetEffects {
     pub create: Option<(Deadline, NewVersion)>,
     /// When fewer than this many seconds remain, one reader is told that it won the right to refresh the item.
     pub refresh_below_s: Option<u32>,
+    /// Leave the access marks (hit before, last access) as they are.
+    pub keep_access: bool,
 }
 
 /// What to do with one key.
@@ -305,10 +309,12 @@ pub struct ItemView<'a> {
     pub hit_before: bool,
     /// It was invalidated and not yet replaced.
     pub stale: bool,
-    /// This reader is the one that may refresh it.
+    /// This reader is the one that may refresh it, or created it.
     pub won: bool,
     /// Another reader has that right already.
     pub won_before: bool,
+    /// Its writer gave the key in an encoded form.
+    pub key_encoded: bool,
     /// Bytes of memory the item is charged with.
     pub charged_bytes: usize,
 }

@@ -284,6 +284,5 @@ pub(crate) fn is_http(line: &[u8]) -> bool {
         b"CONNECT ",
         b"TRACE ",
     ];
-    let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
-    VERBS.iter().any(|verb| line.starts_with(verb)) || version.starts_with(b"HTTP/")
+    VERBS.iter().any(|verb| line.starts_with(verb))
 }

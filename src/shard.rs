@@ -10,7 +10,7 @@ use crate::model::{
     Put, Removal, Reply, UnixMillis, Value, Version,
 };
 use crate::partition::Partitioner;
-use crate::store::{FETCHED, ItemRef, OutOfMemory, Parts, Position, STALE, Store, WON};
+use crate::store::{FETCHED, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON};
 use bytes::Bytes;
 
 /// What a shard needs from its core to do anything.
@@ -97,7 +97,10 @@ impl Shard {
             Op::Touch(deadline) => self.touch(hash, command.key, *deadline, context),
             Op::Inspect => match self.live(hash, command.key, context) {
                 None => Reply::NotFound,
-                Some(position) => Reply::Found(view(self.store.item(position))),
+                Some(position) => {
+                    self.give_version(position, context);
+                    Reply::Found(view(self.store.item(position)))
+                }
             },
         }
     }
@@ -181,13 +184,12 @@ impl Shard {
             self.store
                 .amend(context.budget, position, |parts| parts.deadline = deadline);
         }
-        if version && self.store.item(position).version() == Version(0) {
-            let version = self.fresh_version();
-            // Without memory for a version the read still succeeds; version 0 matches no later condition.
-            self.store
-                .amend(context.budget, position, |parts| parts.version = version);
+        if version {
+            self.give_version(position, context);
         }
-        self.store.mark_access(position, now.seconds());
+        if !effects.keep_access {
+            self.store.mark_access(position, now.seconds());
+        }
         Reply::Found(ItemView {
             deadline_before,
             hit_before,
@@ -198,10 +200,20 @@ impl Shard {
         })
     }
 
+    /// Gives the item a version if it has none. Without memory for one the read that asks still succeeds, with version 0,
+    /// which matches no later condition.
+    fn give_version(&mut self, position: Position, context: &mut Context<'_>) {
+        if self.store.item(position).version() == Version(0) {
+            let version = self.fresh_version();
+            self.store
+                .amend(context.budget, position, |parts| parts.version = version);
+        }
+    }
+
     fn put(&mut self, hash: u64, key: &[u8], put: &Put<'_>, context: &mut Context<'_>) -> Reply<'_> {
         context.counters.sets += 1;
         let old = self.live(hash, key, context);
-        let mut state = 0;
+        let mut state = if put.key_encoded { KEY_ENCODED } else { 0 };
         let mut deadline = put.deadline;
         match (put.condition, old) {
             (Condition::Always, _) | (Condition::Absent, None) | (Condition::Present, Some(_)) => {}
@@ -214,8 +226,8 @@ impl Shard {
                 let item = self.store.item(position);
                 if matches(item, expected) {
                     context.counters.version_hits += 1;
-                } else if put.accept_as_stale && is_newer(item, expected) {
-                    state = STALE | item.state() & WON;
+                } else if put.accept_as_stale && self.is_newer(item, expected) {
+                    state |= STALE | item.state() & WON;
                     deadline = item.deadline();
                 } else {
                     context.counters.version_mismatches += 1;
@@ -311,11 +323,8 @@ impl Shard {
         if let Condition::VersionIs(expected) = delete.condition
             && !matches(self.store.item(position), expected)
         {
-            let older_wanted = matches!(delete.removal, Removal::MarkStale(_));
-            if !(older_wanted && is_newer(self.store.item(position), expected)) {
-                context.counters.delete_misses += 1;
-                return Reply::VersionMismatch;
-            }
+            context.counters.delete_misses += 1;
+            return Reply::VersionMismatch;
         }
         context.counters.delete_hits += 1;
         if delete.removal == Removal::Remove {
@@ -362,7 +371,13 @@ impl Shard {
                 ..empty(key, context.now)
             };
             return match self.write(hash, None, &parts, context) {
-                Ok(position) => Reply::Counted(initial, view(self.store.item(position))),
+                Ok(position) => Reply::Counted(
+                    initial,
+                    ItemView {
+                        won: true,
+                        ..view(self.store.item(position))
+                    },
+                ),
                 Err(OutOfMemory) => Reply::OutOfMemory,
             };
         };
@@ -431,6 +446,15 @@ impl Shard {
         Reply::Touched
     }
 
+    /// True when the item was written after somebody was given `version`: also when it has none, because it was overwritten
+    /// since, if that version was ever given.
+    fn is_newer(&self, item: ItemRef<'_>, version: Version) -> bool {
+        match item.version() {
+            Version(0) => version.0 <= self.last_version,
+            own => own > version,
+        }
+    }
+
     fn fresh_version(&mut self) -> Version {
         self.last_version += 1;
         Version(self.last_version)
@@ -462,11 +486,6 @@ fn matches(item: ItemRef<'_>, expected: Version) -> bool {
     item.version() != Version(0) && item.version() == expected
 }
 
-/// True when the item was written after somebody was given `version`: an item that has none was overwritten since then.
-fn is_newer(item: ItemRef<'_>, version: Version) -> bool {
-    item.version() == Version(0) || item.version() > version
-}
-
 #[inline]
 fn view(item: ItemRef<'_>) -> ItemView<'_> {
     let state = item.state();
@@ -481,6 +500,7 @@ fn view(item: ItemRef<'_>) -> ItemView<'_> {
         stale: state & STALE != 0,
         won: false,
         won_before: state & WON != 0,
+        key_encoded: state & KEY_ENCODED != 0,
         charged_bytes: item.charged_bytes(),
     }
 }

@@ -7,7 +7,7 @@ mod index;
 mod item;
 
 pub(crate) use index::Position;
-pub(crate) use item::{FETCHED, ItemRef, Parts, STALE, WON};
+pub(crate) use item::{FETCHED, ItemRef, KEY_ENCODED, Parts, STALE, WON};
 
 use crate::budget::Budget;
 use crate::model::{Deadline, UnixMillis};
@@ -261,11 +261,6 @@ impl Store {
         removed
     }
 
-    /// How many items have a deadline.
-    pub(crate) fn with_deadline(&self) -> usize {
-        self.with_deadline
-    }
-
     fn collect(&self, cursor: u64, want: impl Fn(ItemRef<'_>) -> bool) -> (u64, [Option<Position>; 7]) {
         let (mut found, mut count) = ([None; 7], 0);
         let next = self.index.walk(cursor, |position, item| {
@@ -397,6 +392,6 @@ mod tests {
         }
         assert_eq!(removed, 3750);
         assert_eq!(store.len(), 6250);
-        assert_eq!(store.with_deadline(), 3750);
+        assert_eq!(store.with_deadline, 3750);
     }
 }

@@ -217,9 +217,11 @@ fn other_line<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
     // memcached ignores blanks before a command.
     if input[0] == b' ' {
         let blanks = input.iter().take_while(|byte| **byte == b' ').count();
+        // With more blanks than this, the line must have an end like any other.
+        let too_long = blanks > GET_BLANKS_MAX && matches!(line(input), Line::TooLong);
         let step = match &input[blanks..] {
-            [] if blanks < super::LINE_BYTES_MAX => return at_line(Decoded::Incomplete, 0),
-            [] => return at_line(Decoded::Close, 0),
+            _ if too_long => return at_line(Decoded::Close, 0),
+            [] => return at_line(Decoded::Incomplete, 0),
             rest => step(State::Line, rest, env),
         };
         let used = if step.used == 0 { 0 } else { step.used + blanks };
@@ -277,6 +279,9 @@ fn other_line<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         _ => at_line(short_command(verb, arguments, env), used),
     }
 }
+
+/// How many blanks may stand before a `get` whose line is longer than others may be.
+const GET_BLANKS_MAX: usize = 100;
 
 /// Stands for the condition that a `cas` line names.
 const CAS: Condition = Condition::VersionIs(Version(0));
@@ -350,11 +355,10 @@ fn storage<'a>(
     } else {
         None
     };
-    let last = fields.next();
-    if fields.next().is_some() {
+    if fields.nth(1).is_some() {
         return refused(ERROR);
     }
-    let quiet = last == Some(b"noreply");
+    let quiet = line.trim_ascii_end().ends_with(b" noreply");
     let or_silence = |answer: &'static [u8]| if quiet { b"" } else { answer };
     if key.len() > env.key_bytes_max {
         return refused(or_silence(BAD_FORMAT));
@@ -402,6 +406,7 @@ fn storage<'a>(
         version: NewVersion::OnDemand,
         accept_as_stale: false,
         create: None,
+        key_encoded: false,
     };
     let command = Command { key, op: Op::Put(put) };
     at_line(
@@ -449,6 +454,9 @@ fn get_and_touch<'a>(version: bool, arguments: &'a [u8], used: usize, env: &Env<
     let Some(deadline) = parse_deadline(exptime, env.now) else {
         return at_line(Decoded::Refused(BAD_EXPTIME), used);
     };
+    if words(arguments).skip(1).any(|key| key.len() > env.key_bytes_max) {
+        return at_line(Decoded::Refused(BAD_FORMAT), used);
+    }
     let verb = if version { 4 } else { 3 };
     let blanks = arguments.iter().take_while(|byte| **byte == b' ').count();
     let next = State::Keys {
@@ -479,6 +487,7 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
     match (verb, count) {
         (b"delete", 1..=3) => {
             let (key, second) = (field(), field());
+            let reply = if count > 1 { reply } else { 0 };
             let valid = match count {
                 1 => true,
                 2 => second == b"0" || quiet,
@@ -548,16 +557,18 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
         },
         (b"shutdown", _) if env.shutdown_enabled => Decoded::Shutdown,
         (b"shutdown", _) => Decoded::Refused(b"ERROR: shutdown not enabled\r\n"),
-        (b"stats", _) => stats(field(), field()),
+        (b"stats", _) => stats(field(), field(), field()),
         (b"slabs", 3) if field() == b"reassign" => Decoded::Refused(b"CLIENT_ERROR slab reassignment disabled\r\n"),
         (b"watch", _) => Decoded::Refused(b"CLIENT_ERROR watch commands not allowed\r\n"),
         (b"lru_crawler", 1..) => Decoded::Refused(b"CLIENT_ERROR lru crawler disabled\r\n"),
         (b"refresh_certs", _) => Decoded::Refused(b"Error TLS not enabled\r\n"),
+        // A browser, or a page that talks to a local port.
+        _ if words(arguments).last().unwrap_or(verb).starts_with(b"HTTP/") => Decoded::Close,
         _ => Decoded::Refused(ERROR),
     }
 }
 
-fn stats(what: &[u8], argument: &[u8]) -> Decoded<'static> {
+fn stats(what: &[u8], argument: &[u8], second: &[u8]) -> Decoded<'static> {
     let collect = |broadcast, code| Decoded::Broadcast(broadcast, Shape::code(code));
     match (what, argument) {
         (b"", _) => collect(Broadcast::Metrics, kind::STATS),
@@ -571,8 +582,16 @@ fn stats(what: &[u8], argument: &[u8]) -> Decoded<'static> {
         (b"detail", b"off") => collect(Broadcast::PrefixStats(false), kind::DONE),
         (b"detail", b"dump") => collect(Broadcast::PrefixDump, kind::PREFIXES),
         (b"detail", _) => Decoded::Refused(b"CLIENT_ERROR usage: stats detail on|off|dump\r\n"),
+        (b"extstore", _) => Decoded::Answer(END),
         (b"sizes", _) => Decoded::Answer(b"STAT sizes_status disabled\r\nEND\r\n"),
-        // There are no slab classes.
+        // There are no slab classes, so none has items to list.
+        (b"cachedump", _) if second.is_empty() => Decoded::Refused(b"CLIENT_ERROR bad command line\r\n"),
+        (b"cachedump", class) => match (parse_u64(class), parse_u64(second)) {
+            (None, _) | (_, None) => Decoded::Refused(BAD_FORMAT),
+            (Some(0..=63), _) => Decoded::Answer(END),
+            _ => Decoded::Refused(b"CLIENT_ERROR Illegal slab id\r\n"),
+        },
+
         (b"slabs", _) => Decoded::Answer(b"STAT active_slabs 0\r\nSTAT total_malloced 0\r\nEND\r\n"),
         _ => Decoded::Refused(ERROR),
     }
@@ -748,6 +767,9 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
 
 fn stats_items(sum: &Metrics, out: &mut Rope) {
     let c = &sum.counters;
+    if c.items == 0 {
+        return;
+    }
     // One class holds everything.
     for (name, value) in [
         ("number", c.items),

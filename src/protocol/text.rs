@@ -118,6 +118,7 @@ fn stored<'a>(key: &'a [u8], value: Value<'a>, rest: &'a [u8]) -> Step<'a> {
         version: NewVersion::OnDemand,
         accept_as_stale: false,
         create: None,
+        key_encoded: false,
     };
     let command = Command { key, op: Op::Put(put) };
     at_line(Decoded::Command(command, Shape::code(0)), 2)

@@ -4,7 +4,8 @@
 //! finds it full stays with the engine, grows there, and is bounded by the engine's credits. Nobody waits: a core looks at
 //! its queues in each turn, and before it sleeps it says so, so that a sender knows to ring.
 
-use crate::engine::{Batch, Direction, Engine};
+use crate::engine::Engine;
+use crate::link::{Batch, Direction};
 use crate::model::CoreId;
 use crate::protocol::Protocol;
 use rtrb::{Consumer, Producer, RingBuffer};
@@ -106,6 +107,7 @@ pub(super) struct Mesh {
 }
 
 /// The ports of all cores, connected.
+#[expect(clippy::needless_range_loop, reason = "each pair of places is filled from both ends")]
 pub(super) fn build(peers: &Arc<Vec<Peer>>) -> Vec<Mesh> {
     let cores = peers.len();
     let mut ports: Vec<Vec<Option<Port>>> = (0..cores).map(|_| (0..cores).map(|_| None).collect()).collect();

@@ -27,7 +27,9 @@ pub(crate) const STALE: u16 = 16;
 pub(crate) const WON: u16 = 32;
 /// The item has been read since it was written.
 pub(crate) const FETCHED: u16 = 64;
-const STATE: u16 = STALE | WON | FETCHED;
+/// Its writer gave the key in an encoded form.
+pub(crate) const KEY_ENCODED: u16 = 128;
+const STATE: u16 = STALE | WON | FETCHED | KEY_ENCODED;
 
 const HEADER_BYTES: usize = 12;
 const LARGE_AT: usize = 16;
@@ -42,7 +44,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) deadline: Deadline,
     pub(crate) version: Version,
     pub(crate) accessed_s: u32,
-    /// Any of STALE, WON, FETCHED.
+    /// Any of STALE, WON, FETCHED, KEY_ENCODED.
     pub(crate) state: u16,
 }
 
@@ -142,10 +144,9 @@ impl Item {
     /// # Safety
     /// The address came from [`Item::into_address`], and nothing else refers to the item from now on.
     pub(crate) unsafe fn from_address(address: u64) -> Self {
-        let start = std::ptr::with_exposed_provenance_mut(address as usize);
-        // SAFETY: `into_address` returned the address of a live allocation, never null.
         Self {
-            start: unsafe { NonNull::new_unchecked(start) },
+            // SAFETY: as the caller promises.
+            start: unsafe { at_address(address) },
         }
     }
 
@@ -156,6 +157,17 @@ impl Item {
             life: PhantomData,
         }
     }
+}
+
+/// The pointer that became an address.
+///
+/// # Safety
+/// The address came from [`Item::into_address`], so it is not null.
+#[inline]
+unsafe fn at_address(address: u64) -> NonNull<u8> {
+    let start = std::ptr::with_exposed_provenance_mut(address as usize);
+    // SAFETY: as the caller promises.
+    unsafe { NonNull::new_unchecked(start) }
 }
 
 impl Drop for Item {
@@ -232,10 +244,9 @@ impl<'a> ItemRef<'a> {
     /// The address came from [`Item::into_address`]; the item lives, and nothing changes it, for `'a`.
     #[inline]
     pub(crate) unsafe fn at(address: u64) -> Self {
-        let start = std::ptr::with_exposed_provenance_mut(address as usize);
-        // SAFETY: `into_address` returned the address of a live allocation, never null.
         Self {
-            start: unsafe { NonNull::new_unchecked(start) },
+            // SAFETY: as the caller promises.
+            start: unsafe { at_address(address) },
             life: PhantomData,
         }
     }
@@ -324,7 +335,7 @@ impl<'a> ItemRef<'a> {
         unsafe { self.start.add(4).cast::<u32>().read() }
     }
 
-    /// STALE, WON and FETCHED, as far as they are set.
+    /// The state bits that are set.
     #[inline]
     pub(crate) fn state(self) -> u16 {
         self.marks() & STATE
@@ -358,10 +369,9 @@ impl ItemMut<'_> {
     /// The address came from [`Item::into_address`]; the item lives for `'a`, and nothing else refers to it meanwhile.
     #[inline]
     pub(crate) unsafe fn at(address: u64) -> Self {
-        let start = std::ptr::with_exposed_provenance_mut(address as usize);
-        // SAFETY: `into_address` returned the address of a live allocation, never null.
         Self {
-            start: unsafe { NonNull::new_unchecked(start) },
+            // SAFETY: as the caller promises.
+            start: unsafe { at_address(address) },
             life: PhantomData,
         }
     }

@@ -4,7 +4,7 @@
 //! text: they travel in the [`Shape`] and are walked again when the reply is written, in the client's order.
 //!
 //! Beyond memcached 1.6.18, as later versions have them: `E` (the new version), `x` with `md` (clear the value), and `N` with
-//! `ms` in append mode. A key is echoed in base64 when the request used base64; nothing of that is kept with the item.
+//! `ms` in append mode.
 
 use super::super::{Decoded, Env, Shape, Step, parse_u64, words};
 use super::{
@@ -31,7 +31,11 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 const WITH_VALUE: u32 = 1 << 9;
 /// The key came, and goes back, in base64.
 const BINARY: u32 = 1 << 10;
+/// A missing item is "not stored", also when a version was to be compared.
+const MUST_EXIST: u32 = 1 << 11;
 
+/// All flags that any command knows; a command ignores those it has no use for.
+const LETTERS: &[u8] = b"bcfhklqstuvxCDEFIJLMNOPRT";
 const FLAGS_MAX: usize = 17;
 const OPAQUE_BYTES_MAX: usize = 32;
 
@@ -39,6 +43,7 @@ const INVALID_FLAG: &[u8] = b"CLIENT_ERROR invalid flag\r\n";
 const DUPLICATE_FLAG: &[u8] = b"CLIENT_ERROR duplicate flag\r\n";
 const BAD_TOKEN: &[u8] = b"CLIENT_ERROR bad token in command line format\r\n";
 const BAD_MODE_LENGTH: &[u8] = b"CLIENT_ERROR incorrect length for M token\r\n";
+const OPAQUE_TOO_LONG: &[u8] = b"CLIENT_ERROR opaque token too long\r\n";
 const INVALID_OR_DUPLICATE: &[u8] = b"CLIENT_ERROR invalid or duplicate flag\r\n";
 
 /// The flags of a line that say what to do.
@@ -50,6 +55,7 @@ struct Flags {
     version: bool,
     invalidate: bool,
     clear_value: bool,
+    keep_access: bool,
     touch: Option<Deadline>,
     create: Option<Deadline>,
     refresh_below_s: Option<u32>,
@@ -65,17 +71,19 @@ type Refusal = &'static [u8];
 
 impl Flags {
     fn parse(text: &[u8], now: UnixMillis) -> Result<Self, Refusal> {
-        let mut flags = Self::default();
         let mut seen = 0u128;
         for word in words(text) {
-            let (letter, token) = (word[0], &word[1..]);
-            if letter >= 128 {
+            if !LETTERS.contains(&word[0]) {
                 return Err(INVALID_FLAG);
             }
-            if seen & 1 << letter != 0 {
+            if seen & 1 << word[0] != 0 {
                 return Err(DUPLICATE_FLAG);
             }
-            seen |= 1 << letter;
+            seen |= 1 << word[0];
+        }
+        let mut flags = Self::default();
+        for word in words(text) {
+            let (letter, token) = (word[0], &word[1..]);
             match letter {
                 b'b' => flags.binary = true,
                 b'q' => flags.quiet = true,
@@ -83,9 +91,8 @@ impl Flags {
                 b'c' => flags.version = true,
                 b'I' => flags.invalidate = true,
                 b'x' => flags.clear_value = true,
-                b'f' | b'h' | b'k' | b'l' | b's' | b't' | b'u' | b'L' | b'P' => {}
-                b'O' if word.len() > OPAQUE_BYTES_MAX => return Err(b"CLIENT_ERROR opaque token too long\r\n"),
-                b'O' => {}
+                b'u' => flags.keep_access = true,
+                b'O' if word.len() > OPAQUE_BYTES_MAX => return Err(OPAQUE_TOO_LONG),
                 b'T' => flags.touch = Some(parse_deadline(token, now).ok_or(BAD_TOKEN)?),
                 b'N' => flags.create = Some(parse_deadline(token, now).ok_or(BAD_TOKEN)?),
                 b'R' => flags.refresh_below_s = Some(parse_u64(token).ok_or(BAD_TOKEN)? as u32),
@@ -103,7 +110,8 @@ impl Flags {
                     flags.initial =
                         Some(parse_u64(token).ok_or(&b"CLIENT_ERROR invalid numeric initial value\r\n"[..])?);
                 }
-                _ => return Err(INVALID_FLAG),
+                // Looked at when the reply is written, or not at all.
+                _ => {}
             }
         }
         Ok(flags)
@@ -178,6 +186,7 @@ fn get<'a>(word: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>,
         touch: flags.touch,
         create: flags.create.map(|deadline| (deadline, flags.new_version())),
         refresh_below_s: flags.refresh_below_s,
+        keep_access: flags.keep_access,
     };
     let op = Op::Get {
         version: flags.version,
@@ -232,16 +241,18 @@ pub(super) fn set<'a>(arguments: &'a [u8], source: Source<'a>, header: usize, en
         flags: flags.client_flags,
         deadline: flags.touch.unwrap_or_default(),
         combine,
-        condition: match presence {
-            Condition::Always => flags.condition(),
-            presence => presence,
+        condition: match (presence, flags.compare) {
+            (Condition::Absent, _) | (_, None) => presence,
+            (_, Some(version)) => Condition::VersionIs(version),
         },
         version: flags.new_version(),
         accept_as_stale: flags.invalidate,
         create: flags.create,
+        key_encoded: flags.binary,
     };
     let command = Command { key, op: Op::Put(put) };
-    let code = flags.code(kind::META_SET);
+    let must_exist = combine != Combine::Replace;
+    let code = flags.code(kind::META_SET) | if must_exist { MUST_EXIST } else { 0 };
     at_line(Decoded::Command(command, Shape { code, text }), header + used)
 }
 
@@ -257,8 +268,7 @@ fn store_mode(mode: Option<u8>) -> Result<(Combine, Condition), Refusal> {
 }
 
 fn delete<'a>(word: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Refusal> {
-    let flags = parse_strictly(text, env)?;
-    let key = flags.key(word, env)?;
+    let (flags, key) = parse_strictly(word, text, env)?;
     let removal = match (flags.invalidate, flags.clear_value) {
         (true, _) => Removal::MarkStale(flags.touch),
         (false, true) => Removal::ClearValue,
@@ -275,8 +285,7 @@ fn delete<'a>(word: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'
 }
 
 fn count<'a>(word: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Refusal> {
-    let flags = parse_strictly(text, env)?;
-    let key = flags.key(word, env)?;
+    let (flags, key) = parse_strictly(word, text, env)?;
     let subtract = match flags.mode {
         None | Some(b'I' | b'+') => false,
         Some(b'D' | b'-') => true,
@@ -298,10 +307,11 @@ fn count<'a>(word: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a
     Ok(Decoded::Command(Command { key, op }, Shape { code, text }))
 }
 
-/// As [`Flags::parse`], with the one error that `md` and `ma` know, except for what is asked after the flags were read.
-fn parse_strictly(text: &[u8], env: &Env<'_>) -> Result<Flags, Refusal> {
-    Flags::parse(text, env.now).map_err(|refusal| match refusal {
-        b"CLIENT_ERROR opaque token too long\r\n" => refusal,
+/// Flags and key, with the one error that `md` and `ma` know for nearly everything.
+fn parse_strictly<'a>(word: &'a [u8], text: &[u8], env: &Env<'a>) -> Result<(Flags, &'a [u8]), Refusal> {
+    let parsed = Flags::parse(text, env.now).and_then(|flags| Ok((flags, flags.key(word, env)?)));
+    parsed.map_err(|refusal| match refusal {
+        OPAQUE_TOO_LONG => refusal,
         _ => INVALID_OR_DUPLICATE,
     })
 }
@@ -341,6 +351,8 @@ struct Facts<'a> {
     binary: bool,
     now: UnixMillis,
     item: Option<&'a ItemView<'a>>,
+    /// Only what `ma` shows of an item.
+    counted: bool,
     /// For replies that show a version and no item.
     version: Option<Version>,
 }
@@ -350,6 +362,7 @@ fn push_flags(out: &mut Rope, text: &[u8], facts: &Facts<'_>) {
     let mut touched = false;
     for word in words(text) {
         match (word[0], facts.item) {
+            (b's' | b'f' | b'h' | b'l', _) if facts.counted => {}
             (b'k', _) => {
                 out.push(b" k");
                 push_key(out, facts.binary, facts.key);
@@ -405,13 +418,15 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
         binary: shape.code & BINARY != 0,
         now,
         item: None,
+        counted: kind == kind::META_COUNT,
         version: None,
     };
     let code: &[u8] = match (kind, reply) {
         (kind::META_DEBUG, Reply::Found(item)) => return push_debug(out, &facts, item),
         (kind::META_GET, Reply::Found(item)) => return push_item(out, shape.text, with_value, &facts, item),
         (kind::META_COUNT, Reply::Counted(number, item)) => {
-            if !quiet {
+            // A number that was created is told even to a quiet client.
+            if !quiet || item.won {
                 facts.item = Some(item);
                 push_counted(out, shape.text, with_value, &facts, *number);
             }
@@ -420,6 +435,7 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
         (kind::META_GET, Reply::NotFound) if quiet => return,
         (_, Reply::Stored(_) | Reply::Deleted(_)) if quiet => return,
         (kind::META_GET | kind::META_DEBUG, Reply::NotFound) => b"EN",
+        (kind::META_SET, Reply::NotFound) if shape.code & MUST_EXIST != 0 => b"NS",
         (_, Reply::NotFound) => b"NF",
         (kind::META_SET, Reply::Stored(version)) => {
             facts.version = Some(*version);
@@ -447,6 +463,8 @@ fn push_item(out: &mut Rope, text: &[u8], with_value: bool, facts: &Facts<'_>, i
     }
     let facts = Facts {
         item: Some(item),
+        // A hit shows the key as its writer gave it.
+        binary: item.key_encoded,
         ..*facts
     };
     push_flags(out, text, &facts);
@@ -478,11 +496,12 @@ fn push_counted(out: &mut Rope, text: &[u8], with_value: bool, facts: &Facts<'_>
 
 fn push_debug(out: &mut Rope, facts: &Facts<'_>, item: &ItemView<'_>) {
     out.push(b"ME ");
-    push_key(out, facts.binary, facts.key);
+    push_key(out, item.key_encoded, facts.key);
+    // memcached shows the time since the end, so that what is to come is negative.
     let expires = item
         .deadline
         .remaining_seconds(facts.now)
-        .map_or(-1, |seconds| seconds as i64);
+        .map_or(-1, |seconds| -(seconds as i64));
     let idle = facts.now.seconds().saturating_sub(item.accessed_s);
     let fetched = if item.hit_before { "yes" } else { "no" };
     let (version, bytes) = (item.version.0, item.charged_bytes);

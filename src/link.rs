@@ -1,0 +1,318 @@
+//! The link to one other core: what goes there, what it costs, and who waits because too much is there already.
+//!
+//! Two flat formats travel over it, both without gaps and both inside one process only:
+//!
+//! ```text
+//! request   0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
+//!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command or broadcast
+//! reply     0 session u32   4 number u32   8 length u32   12 large values u16   14 unused u16   16 what to send
+//! ```
+
+use crate::encoding::{Reader, Rope, push_broadcast, push_command};
+use crate::model::{Broadcast, Command, Op};
+use crate::partition::Place;
+use crate::protocol::{Protocol, Shape};
+use std::collections::VecDeque;
+
+/// What travels between two cores in one turn: records without a gap, and the large values they refer to.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The records.
+    pub rope: Rope,
+}
+
+/// The kinds of batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Requests to the owner of a key.
+    Requests,
+    /// Replies to the core that has the connection.
+    Replies,
+}
+
+/// How much of a link one core may use at a time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CreditLimits {
+    /// Requests that are not answered.
+    pub(crate) requests_max: u32,
+    /// What they cost, in bytes. One request is let through whatever it costs.
+    pub(crate) bytes_max: u64,
+}
+
+/// Traffic with one other core, as far as this core sends it.
+#[derive(Debug)]
+pub(crate) struct Link {
+    limits: CreditLimits,
+    requests: Box<Batch>,
+    replies: Box<Batch>,
+    /// Requests sent, or about to be, and not answered; and what they cost in bytes.
+    used_requests: u32,
+    used_bytes: u64,
+    /// Sessions that wait for credit, the longest waiting first.
+    waiters: VecDeque<u32>,
+}
+
+impl Link {
+    pub(crate) fn new(limits: CreditLimits) -> Self {
+        Self {
+            limits,
+            requests: Box::default(),
+            replies: Box::default(),
+            used_requests: 0,
+            used_bytes: 0,
+            waiters: VecDeque::new(),
+        }
+    }
+
+    fn batch(&mut self, direction: Direction) -> &mut Box<Batch> {
+        match direction {
+            Direction::Requests => &mut self.requests,
+            Direction::Replies => &mut self.replies,
+        }
+    }
+
+    /// There is something to send.
+    #[inline]
+    pub(crate) fn has_outgoing(&self, direction: Direction) -> bool {
+        match direction {
+            Direction::Requests => !self.requests.rope.is_empty(),
+            Direction::Replies => !self.replies.rope.is_empty(),
+        }
+    }
+
+    /// What is to be sent, with `empty` in its place.
+    #[inline]
+    pub(crate) fn take_outgoing(&mut self, direction: Direction, empty: Box<Batch>) -> Box<Batch> {
+        std::mem::replace(self.batch(direction), empty)
+    }
+
+    /// Takes credit for one request; false when all is in use, or others wait for it and `first` does not say that the
+    /// asker is the one whose turn it is.
+    #[inline]
+    pub(crate) fn take_credit(&mut self, cost_bytes: u32, first: bool) -> bool {
+        let free = self.used_requests < self.limits.requests_max
+            && (self.used_requests == 0 || self.used_bytes + u64::from(cost_bytes) <= self.limits.bytes_max)
+            && (first || self.waiters.is_empty());
+        if free {
+            self.used_requests += 1;
+            self.used_bytes += u64::from(cost_bytes);
+        }
+        free
+    }
+
+    /// Gives the credit of one request back.
+    #[inline]
+    pub(crate) fn release_credit(&mut self, cost_bytes: u32) {
+        self.used_requests -= 1;
+        self.used_bytes -= u64::from(cost_bytes);
+    }
+
+    /// A session waits for credit from now on.
+    pub(crate) fn wait(&mut self, session: u32) {
+        self.waiters.push_back(session);
+    }
+
+    /// A session does not wait any more.
+    pub(crate) fn stop_waiting(&mut self, session: u32) {
+        self.waiters.retain(|waiter| *waiter != session);
+    }
+
+    /// How many wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiters.len()
+    }
+
+    /// The session whose turn it is, when there may be credit for it.
+    pub(crate) fn next_waiter(&mut self) -> Option<u32> {
+        let exhausted = self.used_requests >= self.limits.requests_max
+            || (self.used_requests > 0 && self.used_bytes >= self.limits.bytes_max);
+        if exhausted { None } else { self.waiters.pop_front() }
+    }
+
+    /// No request is under way and no reply is owed.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.used_requests == 0 && self.replies.rope.is_empty()
+    }
+
+    /// Adds a command for one of the other core's shards.
+    #[inline]
+    pub(crate) fn push_command(
+        &mut self,
+        to: Return,
+        place: Place,
+        shard: u16,
+        shape: &Shape<'_>,
+        command: &Command<'_>,
+    ) {
+        let rope = &mut self.requests.rope;
+        let start = push_header(rope, to, COMMAND, place.hash, shard, shape);
+        push_command(rope, command);
+        finish(rope, start);
+    }
+
+    /// Adds a request for all of the other core's shards.
+    pub(crate) fn push_broadcast(&mut self, to: Return, broadcast: Broadcast) {
+        let rope = &mut self.requests.rope;
+        let start = push_header(rope, to, BROADCAST, 0, 0, &Shape::code(0));
+        push_broadcast(&mut rope.flat, broadcast);
+        finish(rope, start);
+    }
+
+    /// Begins a reply: what follows it in the rope is its content, until [`Link::finish_reply`].
+    #[inline]
+    pub(crate) fn begin_reply(&mut self, to: ReturnBytes<'_>) -> ReplyStart {
+        let rope = &mut self.replies.rope;
+        let start = ReplyStart {
+            flat: rope.flat.len(),
+            splices: rope.splices.len(),
+        };
+        rope.flat.extend_from_slice(to.0);
+        rope.flat.extend_from_slice(&[0; REPLY_HEADER_BYTES - RETURN_BYTES]);
+        start
+    }
+
+    /// Where replies are written.
+    #[inline]
+    pub(crate) fn replies(&mut self) -> &mut Rope {
+        &mut self.replies.rope
+    }
+
+    /// Ends the reply that began at `start`.
+    #[inline]
+    pub(crate) fn finish_reply(&mut self, start: ReplyStart) {
+        let rope = &mut self.replies.rope;
+        let length = (rope.flat.len() - start.flat - REPLY_HEADER_BYTES) as u32;
+        let splices = (rope.splices.len() - start.splices) as u16;
+        let header = &mut rope.flat[start.flat..start.flat + REPLY_HEADER_BYTES];
+        header[8..12].copy_from_slice(&length.to_le_bytes());
+        header[12..14].copy_from_slice(&splices.to_le_bytes());
+    }
+}
+
+/// Whom a reply goes back to: a slot of a session.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Return {
+    pub(crate) session: u32,
+    pub(crate) number: u32,
+    pub(crate) protocol: Protocol,
+}
+
+/// The same as the core that replies sees it: bytes to give back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReturnBytes<'a>(&'a [u8]);
+
+/// Where a reply began.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReplyStart {
+    flat: usize,
+    splices: usize,
+}
+
+const REQUEST_HEADER_BYTES: usize = 32;
+const REPLY_HEADER_BYTES: usize = 16;
+const RETURN_BYTES: usize = 8;
+const COMMAND: u8 = 0;
+const BROADCAST: u8 = 1;
+
+/// What a command takes of a link's credit: its record, nearly, and its value.
+#[inline]
+pub(crate) fn cost_bytes(command: &Command<'_>, shape: &Shape<'_>) -> u32 {
+    let value = match &command.op {
+        Op::Put(put) => put.value.bytes().len(),
+        _ => 0,
+    };
+    (2 * REQUEST_HEADER_BYTES + command.key.len() + shape.text.len() + value) as u32
+}
+
+/// What a broadcast takes of each link's credit.
+pub(crate) const BROADCAST_COST_BYTES: u32 = 2 * REQUEST_HEADER_BYTES as u32;
+
+#[inline]
+fn push_header(rope: &mut Rope, to: Return, kind: u8, hash: u64, shard: u16, shape: &Shape<'_>) -> usize {
+    let start = rope.flat.len();
+    let mut header = [0; REQUEST_HEADER_BYTES];
+    header[4..8].copy_from_slice(&to.session.to_le_bytes());
+    header[8..12].copy_from_slice(&to.number.to_le_bytes());
+    header[12..20].copy_from_slice(&hash.to_le_bytes());
+    header[20..22].copy_from_slice(&shard.to_le_bytes());
+    header[22] = to.protocol as u8;
+    header[23] = kind;
+    header[24..28].copy_from_slice(&shape.code.to_le_bytes());
+    header[28..30].copy_from_slice(&(shape.text.len() as u16).to_le_bytes());
+    rope.push(&header);
+    rope.push(shape.text);
+    start
+}
+
+#[inline]
+fn finish(rope: &mut Rope, start: usize) {
+    let length = (rope.flat.len() - start) as u32;
+    rope.flat[start..start + 4].copy_from_slice(&length.to_le_bytes());
+}
+
+/// One request as the other core reads it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) to: ReturnBytes<'a>,
+    pub(crate) protocol: Protocol,
+    pub(crate) hash: u64,
+    pub(crate) shard: u16,
+    pub(crate) shape: Shape<'a>,
+    pub(crate) is_command: bool,
+    /// The command or broadcast.
+    pub(crate) body: Reader<'a>,
+}
+
+impl<'a> Request<'a> {
+    /// The next request.
+    #[inline]
+    pub(crate) fn read(records: &mut Reader<'a>) -> Self {
+        let length = { *records }.u32() as usize;
+        let mut reader = Reader(&records.bytes(length)[4..]);
+        let to = ReturnBytes(reader.bytes(RETURN_BYTES));
+        let (hash, shard) = (reader.u64(), reader.u16());
+        let protocol = Protocol::ALL[usize::from(reader.u8())];
+        let is_command = reader.u8() == COMMAND;
+        let (code, text_len) = (reader.u32(), usize::from(reader.u16()));
+        reader.u16();
+        let text = reader.bytes(text_len);
+        Self {
+            to,
+            protocol,
+            hash,
+            shard,
+            shape: Shape { code, text },
+            is_command,
+            body: reader,
+        }
+    }
+}
+
+/// One reply as the core that asked reads it: `length` flat bytes at `at`, with the next `splices` large values.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReplyRecord {
+    pub(crate) session: u32,
+    pub(crate) number: u32,
+    pub(crate) at: usize,
+    pub(crate) length: usize,
+    pub(crate) splices: usize,
+}
+
+impl ReplyRecord {
+    /// The reply at `at`, and where the next one is.
+    #[inline]
+    pub(crate) fn read(flat: &[u8], at: usize) -> (Self, usize) {
+        let mut header = Reader(&flat[at..at + REPLY_HEADER_BYTES]);
+        let (session, number) = (header.u32(), header.u32());
+        let (length, splices) = (header.u32() as usize, usize::from(header.u16()));
+        let at = at + REPLY_HEADER_BYTES;
+        let record = Self {
+            session,
+            number,
+            at,
+            length,
+            splices,
+        };
+        (record, at + length)
+    }
+}

@@ -1,0 +1,218 @@
+//! Several cores in one thread: engines, the channels between them, a clock that a test moves, and connections that are
+//! plain byte vectors. No sockets, no threads, no waiting.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "shared by tests, each of which uses its part"
+)]
+
+use clap::Parser;
+use memkv::budget::Pool;
+use memkv::config::Config;
+use memkv::engine::Engine;
+use memkv::link::Direction;
+use memkv::model::{CoreId, UnixMillis};
+use memkv::partition::RangeTable;
+use memkv::protocol::Protocol;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// One client's connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Client {
+    pub core: u16,
+    pub id: u32,
+}
+
+#[derive(Default)]
+struct Wire {
+    received: Vec<u8>,
+    closed: bool,
+    /// The client takes nothing while this is set.
+    stalled: bool,
+    /// The engine wants to read it.
+    readable: bool,
+}
+
+pub struct World {
+    pub engines: Vec<Engine>,
+    pub pool: Arc<Pool>,
+    wires: HashMap<Client, Wire>,
+    now_ms: u64,
+    /// How many bytes a socket takes at once.
+    pub send_bytes_max: usize,
+    /// Batches between two cores wait for this many turns.
+    pub turns: u64,
+}
+
+/// The moment at which every world begins.
+pub const BEGAN_MS: u64 = 1_700_000_000_000;
+
+impl World {
+    /// `cores` cores with the options of a command line.
+    pub fn new(cores: u16, options: &[&str]) -> Self {
+        let config = Config::parse_from(std::iter::once(&"memkv-tpc").chain(options));
+        let table = Arc::new(RangeTable::even(7, config.shards.unwrap_or(cores), cores));
+        let pool = Pool::new(config.limits.max_memory.map_or(1 << 30, |limit| limit.0));
+        let config = Arc::new(config);
+        let engine = |core| {
+            Engine::new(
+                CoreId(core),
+                table.clone(),
+                pool.clone(),
+                config.clone(),
+                UnixMillis(BEGAN_MS),
+            )
+        };
+        Self {
+            engines: (0..cores).map(engine).collect(),
+            pool: pool.clone(),
+            wires: HashMap::new(),
+            now_ms: BEGAN_MS,
+            send_bytes_max: usize::MAX,
+            turns: 0,
+        }
+    }
+
+    pub fn connect(&mut self, core: u16, protocol: Protocol) -> Client {
+        let id = self.engines[usize::from(core)].opened(protocol, "test".to_owned());
+        let client = Client { core, id };
+        self.wires.insert(
+            client,
+            Wire {
+                readable: true,
+                ..Wire::default()
+            },
+        );
+        client
+    }
+
+    pub fn advance(&mut self, ms: u64) {
+        self.now_ms += ms;
+        self.settle();
+    }
+
+    /// The client sends bytes. Nothing happens until the next turn but their arrival.
+    pub fn send(&mut self, client: Client, bytes: &[u8]) {
+        let now = (self.now_ms - BEGAN_MS) * 1_000_000 + 1;
+        let engine = &mut self.engines[usize::from(client.core)];
+        engine.begin_turn(now, UnixMillis(self.now_ms));
+        if !self.wires[&client].closed {
+            engine.received(client.id, bytes);
+        }
+        engine.end_turn(now + 1000);
+    }
+
+    pub fn end(&mut self, client: Client) {
+        self.engines[usize::from(client.core)].ended(client.id);
+    }
+
+    pub fn stall(&mut self, client: Client, stalled: bool) {
+        self.wires.get_mut(&client).unwrap().stalled = stalled;
+        if !stalled {
+            self.engines[usize::from(client.core)].needs_attention(client.id);
+        }
+    }
+
+    /// What the client has received since it last looked.
+    pub fn take(&mut self, client: Client) -> Vec<u8> {
+        std::mem::take(&mut self.wires.get_mut(&client).unwrap().received)
+    }
+
+    pub fn is_closed(&self, client: Client) -> bool {
+        self.wires[&client].closed
+    }
+
+    pub fn is_readable(&self, client: Client) -> bool {
+        self.wires[&client].readable
+    }
+
+    /// The client goes away without a word.
+    pub fn drop_connection(&mut self, client: Client) {
+        self.engines[usize::from(client.core)].failed(client.id);
+    }
+
+    /// One turn of every core; true when anything happened.
+    pub fn turn(&mut self) -> bool {
+        self.turns += 1;
+        let mut any = false;
+        for core in 0..self.engines.len() {
+            any |= self.exchange(core);
+            let now = (self.now_ms - BEGAN_MS) * 1_000_000 + 1;
+            let engine = &mut self.engines[core];
+            engine.begin_turn(now, UnixMillis(self.now_ms));
+            any |= engine.has_background_work();
+            any |= self.look_after(core);
+            self.engines[core].end_turn(now + 1000);
+        }
+        any
+    }
+
+    /// Turns until nothing happens any more.
+    pub fn settle(&mut self) {
+        for _ in 0..1_000_000 {
+            if !self.turn() {
+                return;
+            }
+        }
+        panic!("the cores do not come to rest");
+    }
+
+    /// Delivers what the other cores have for this one.
+    fn exchange(&mut self, to: usize) -> bool {
+        let mut any = false;
+        for from in 0..self.engines.len() {
+            if from == to {
+                continue;
+            }
+            let (source, target) = (CoreId(from as u16), CoreId(to as u16));
+            for direction in [Direction::Requests, Direction::Replies] {
+                if let Some(batch) = self.engines[from].outgoing(target, direction) {
+                    any = true;
+                    match direction {
+                        Direction::Requests => self.engines[to].requests(source, batch),
+                        Direction::Replies => self.engines[to].replies(source, batch),
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    fn look_after(&mut self, core: usize) -> bool {
+        let mut any = false;
+        while let Some(id) = self.engines[core].attention() {
+            let client = Client { core: core as u16, id };
+            let wire = self.wires.get_mut(&client).unwrap();
+            let engine = &mut self.engines[core];
+            let wants = engine.wants(id);
+            if wants.close {
+                wire.closed = true;
+                engine.closed(id);
+                any = true;
+                continue;
+            }
+            wire.readable = wants.read;
+            if wants.send && !wire.stalled {
+                let mut bytes = vec![];
+                for piece in engine.unsent(id) {
+                    let room = self.send_bytes_max.saturating_sub(bytes.len());
+                    bytes.extend_from_slice(&piece[..piece.len().min(room)]);
+                }
+                engine.sent(id, bytes.len());
+                wire.received.extend_from_slice(&bytes);
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Sends, settles, and returns what came back.
+    pub fn ask(&mut self, client: Client, bytes: &[u8]) -> Vec<u8> {
+        self.send(client, bytes);
+        self.settle();
+        self.take(client)
+    }
+}
