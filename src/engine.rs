@@ -18,7 +18,6 @@ use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, ServerFacts, Shape, Step};
 use crate::session::{Blocked, Gather, Incoming, Session, Slot};
 use crate::shard::{Context, Shard};
-use crate::store::Store;
 use ahash::AHashMap;
 use bumpalo::Bump;
 use bytes::Bytes;
@@ -522,7 +521,7 @@ impl Engine {
                     break;
                 }
             } else {
-                self.store_of(shard).prefetch_bucket(place.hash);
+                self.shard(shard).prefetch_bucket(place.hash);
             }
             at += step.used;
             session.decoder = step.next;
@@ -540,7 +539,7 @@ impl Engine {
         }
         if planned.len() > 1 {
             for request in planned.iter().filter(|request| request.link.is_none()) {
-                self.store_of(request.shard).prefetch_item(request.place.hash);
+                self.shard(request.shard).prefetch_item(request.place.hash);
             }
         }
         for request in &planned {
@@ -863,11 +862,7 @@ impl Engine {
                 let mut metrics = Metrics::default();
                 metrics.merge(&self.metrics);
                 let counters = &mut metrics.counters;
-                for shard in &self.shards {
-                    counters.items += shard.store().len() as u64;
-                    counters.item_bytes += shard.store().item_bytes() as u64;
-                    counters.index_bytes += shard.store().index_bytes() as u64;
-                }
+                self.shards.iter().for_each(|shard| shard.count(counters));
                 counters.connections = self.connections;
                 counters.charged_bytes = self.budget.charged();
                 counters.uptime_ns = self.now_ns - self.started_ns;
@@ -918,13 +913,13 @@ impl Engine {
             while !window.is_full() && !reader.0.is_empty() {
                 let request = Request::read(&mut reader);
                 if request.is_command {
-                    self.store_of(request.shard).prefetch_bucket(request.hash);
+                    self.shard(request.shard).prefetch_bucket(request.hash);
                 }
                 window.push(request);
             }
             if window.len() > 1 {
                 for request in window.iter().filter(|request| request.is_command) {
-                    self.store_of(request.shard).prefetch_item(request.hash);
+                    self.shard(request.shard).prefetch_item(request.hash);
                 }
             }
             for request in window {
@@ -936,8 +931,8 @@ impl Engine {
     }
 
     #[inline]
-    fn store_of(&self, shard: u16) -> &Store {
-        self.shards[usize::from(shard - self.first_shard)].store()
+    fn shard(&self, shard: u16) -> &Shard {
+        &self.shards[usize::from(shard - self.first_shard)]
     }
 
     /// Executes a request of another core; its large value, when it has one, is the next of `large`.

@@ -48,10 +48,23 @@ impl Shard {
         }
     }
 
-    /// Its table, to count and to look ahead.
+    /// First stage of looking ahead to a command: asks for the index.
     #[inline]
-    pub(crate) fn store(&self) -> &Store {
-        &self.store
+    pub(crate) fn prefetch_bucket(&self, hash: u64) {
+        self.store.prefetch_bucket(hash);
+    }
+
+    /// Second stage of looking ahead to a command: asks for the item.
+    #[inline]
+    pub(crate) fn prefetch_item(&self, hash: u64) {
+        self.store.prefetch_item(hash);
+    }
+
+    /// Adds what it holds to the gauges.
+    pub(crate) fn count(&self, counters: &mut Counters) {
+        counters.items += self.store.len() as u64;
+        counters.item_bytes += self.store.item_bytes() as u64;
+        counters.index_bytes += self.store.index_bytes() as u64;
     }
 
     /// Empties the shard, at once or when the moment comes. A later order replaces an earlier one that has not come yet.

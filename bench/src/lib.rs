@@ -1,0 +1,15 @@
+//! A load generator for key-value servers on loopback, made of parts that can be tested.
+
+pub mod compare;
+pub mod driver;
+pub mod hdr;
+pub mod io;
+pub mod plot;
+pub mod process;
+pub mod protocol;
+pub mod report;
+pub mod servers;
+pub mod stats;
+pub mod verify;
+pub mod worker;
+pub mod workload;

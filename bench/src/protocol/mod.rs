@@ -1,0 +1,300 @@
+//! The protocols the generator speaks, one file each.
+//!
+//! A protocol is two halves: functions that append a request to a connection's send buffer, and functions that read the
+//! reply at the front of what was received. Neither keeps state, because a connection knows which request the next
+//! reply belongs to. A further protocol is one more file that implements [`Protocol`] and one more line in
+//! [`ProtocolName`] and in [`with_protocol!`](crate::with_protocol).
+
+pub mod memcached;
+pub mod resp;
+pub mod text;
+
+use crate::workload::{Command, Value};
+use std::ops::Range;
+
+/// What a server said to one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply<'a> {
+    /// The value was stored.
+    Stored,
+    /// The server declined to store the value.
+    NotStored,
+    /// The key was found.
+    Hit {
+        /// The key as the server echoed it, in protocols that do.
+        key: Option<&'a [u8]>,
+        /// The value.
+        value: &'a [u8],
+    },
+    /// The key was not found by a get.
+    Miss,
+    /// The key was removed.
+    Deleted,
+    /// The key to remove was not found.
+    NotFound,
+    /// The server said that it failed, or that the request was wrong; its words.
+    Refused(&'a [u8]),
+}
+
+/// The outcome of reading a reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parsed<T> {
+    /// More bytes are needed.
+    Incomplete,
+    /// The bytes are no reply to this kind of request. The connection is out of step and of no further use.
+    Malformed,
+    /// A reply, and its length in bytes.
+    Done(T, usize),
+}
+
+/// One key of the reply to a multi-get, as places in the bytes given to the parser.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// Where the echoed key is; empty in protocols that answer by position.
+    pub key: Range<usize>,
+    /// Where the value is; `None` for a key that was not found.
+    pub value: Option<Range<usize>>,
+}
+
+/// The reply to a multi-get: the items were listed, or the server refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MultiReply<'a> {
+    /// The items are in the list given to the parser.
+    Items,
+    /// The server said that it failed; its words.
+    Refused(&'a [u8]),
+}
+
+/// Keys of one multi-get, back to back.
+#[derive(Debug, Default, Clone)]
+pub struct KeyList {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl KeyList {
+    /// Forgets all keys.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.ends.clear();
+    }
+
+    /// Adds a key.
+    pub fn push(&mut self, key: &[u8]) {
+        self.bytes.extend_from_slice(key);
+        self.ends.push(self.bytes.len());
+    }
+
+    /// The number of keys.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are no keys.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// The keys in the order they were added.
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0;
+        self.ends
+            .iter()
+            .map(move |&end| &self.bytes[std::mem::replace(&mut start, end)..end])
+    }
+}
+
+/// A wire protocol.
+pub trait Protocol: Copy + Send + 'static {
+    /// The name on the command line.
+    const NAME: &'static str;
+    /// Whether keys can be removed.
+    const DELETES: bool = true;
+    /// Whether several keys can be asked for with one request.
+    const MULTI_GETS: bool = true;
+    /// The longest key the protocol allows, in bytes.
+    const MAX_KEY: usize = usize::MAX;
+
+    /// Appends a request to read `key`.
+    fn get(out: &mut Vec<u8>, key: &[u8]);
+
+    /// Appends a request to write `value` under `key`.
+    fn set(out: &mut Vec<u8>, key: &[u8], value: &Value<'_>);
+
+    /// Appends a request to remove `key`. Never called unless [`DELETES`](Self::DELETES).
+    fn delete(out: &mut Vec<u8>, key: &[u8]);
+
+    /// Appends a request to read all of `keys`. Never called unless [`MULTI_GETS`](Self::MULTI_GETS).
+    fn multi_get(out: &mut Vec<u8>, keys: &KeyList);
+
+    /// Reads the reply to a get, set or delete at the front of `input`. `key_len` is the length of the key in bytes,
+    /// which saves the search for its end where the server echoes it.
+    fn reply(command: Command, key_len: usize, input: &[u8]) -> Parsed<Reply<'_>>;
+
+    /// Reads the reply to a multi-get of `width` keys at the front of `input` and lists its items in `items`, which is
+    /// cleared first and means nothing unless the outcome is [`MultiReply::Items`].
+    fn multi_reply<'a>(width: usize, input: &'a [u8], items: &mut Vec<Item>) -> Parsed<MultiReply<'a>>;
+}
+
+/// The protocols by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProtocolName {
+    /// The text protocol of memcached.
+    Memcached,
+    /// A simpler text protocol: `set KEY BYTES`, `get KEY`.
+    Text,
+    /// The protocol of Redis.
+    #[value(alias = "redis")]
+    #[serde(alias = "redis")]
+    Resp,
+}
+
+impl ProtocolName {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        crate::with_protocol!(self, P => <P as Protocol>::NAME)
+    }
+}
+
+/// Evaluates an expression with a type name bound to the protocol that a [`ProtocolName`] stands for.
+#[macro_export]
+macro_rules! with_protocol {
+    ($name:expr, $p:ident => $body:expr) => {
+        match $name {
+            $crate::protocol::ProtocolName::Memcached => {
+                type $p = $crate::protocol::memcached::Memcached;
+                $body
+            }
+            $crate::protocol::ProtocolName::Text => {
+                type $p = $crate::protocol::text::Text;
+                $body
+            }
+            $crate::protocol::ProtocolName::Resp => {
+                type $p = $crate::protocol::resp::Resp;
+                $body
+            }
+        }
+    };
+}
+
+/// Appends `n` in decimal.
+#[inline(always)]
+fn push_decimal(out: &mut Vec<u8>, n: usize) {
+    let mut digits = [0u8; 20];
+    let (mut rest, mut at) = (n, digits.len());
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[at..]);
+}
+
+/// Reads a decimal number at `at`; the number and the place behind its last digit. `None` for no digits or too many.
+#[inline(always)]
+fn decimal(input: &[u8], at: usize) -> Option<(usize, usize)> {
+    let (mut n, mut end) = (0usize, at);
+    while let Some(digit) = input.get(end).map(|b| b.wrapping_sub(b'0')).filter(|&d| d < 10) {
+        n = n * 10 + usize::from(digit);
+        end += 1;
+        if end - at > 10 {
+            return None;
+        }
+    }
+    (end > at).then_some((n, end))
+}
+
+/// The line at the front of `input` without its CRLF, if it is complete.
+fn line(input: &[u8]) -> Option<&[u8]> {
+    input.windows(2).position(|w| w == b"\r\n").map(|end| &input[..end])
+}
+
+/// What to say when `input` does not have all of `expected` at `at`: the rest of it is missing, or something else is
+/// there.
+#[cold]
+fn cut_short<T>(input: &[u8], at: usize, expected: &[u8]) -> Parsed<T> {
+    let there = input.get(at..).unwrap_or_default();
+    if expected.starts_with(there) {
+        Parsed::Incomplete
+    } else {
+        Parsed::Malformed
+    }
+}
+
+/// The longest line a reply may begin with, in bytes, before it counts as malformed.
+const MAX_LINE: usize = 128 << 10;
+
+/// What to say of an input whose first line is no expected reply: it may be incomplete, one of the errors that
+/// `is_error` knows, or malformed.
+#[cold]
+fn unexpected<'a>(input: &'a [u8], is_error: impl Fn(&[u8]) -> bool) -> Parsed<Reply<'a>> {
+    match line(input) {
+        Some(text) if is_error(text) => Parsed::Done(Reply::Refused(text), text.len() + 2),
+        None if input.len() < MAX_LINE => Parsed::Incomplete,
+        _ => Parsed::Malformed,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Cuts `input` after every byte: a proper prefix must be incomplete, the whole must be `expected`, and bytes of
+    /// the next reply must not change it.
+    pub(crate) fn at_all_sizes<P: Protocol>(command: Command, key_len: usize, input: &[u8], expected: Reply<'_>) {
+        for cut in 0..input.len() {
+            let got = P::reply(command, key_len, &input[..cut]);
+            assert_eq!(got, Parsed::Incomplete, "{} of {} bytes", cut, input.len());
+        }
+        assert_eq!(P::reply(command, key_len, input), Parsed::Done(expected, input.len()));
+        let more = [input, input].concat();
+        assert_eq!(P::reply(command, key_len, &more), Parsed::Done(expected, input.len()));
+    }
+
+    /// The same for a multi-get; `expected` are keys and values.
+    pub(crate) fn multi_at_all_sizes<P: Protocol>(width: usize, input: &[u8], expected: &[(&[u8], Option<&[u8]>)]) {
+        let mut items = Vec::new();
+        for cut in 0..input.len() {
+            let got = P::multi_reply(width, &input[..cut], &mut items);
+            assert_eq!(got, Parsed::Incomplete, "{} of {} bytes", cut, input.len());
+        }
+        let more = [input, input].concat();
+        assert_eq!(
+            P::multi_reply(width, &more, &mut items),
+            Parsed::Done(MultiReply::Items, input.len())
+        );
+        let got: Vec<_> = items
+            .iter()
+            .map(|i| (&more[i.key.clone()], i.value.clone().map(|v| &more[v])))
+            .collect();
+        assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn decimals() {
+        for n in [0, 7, 10, 12_345, 4_294_967_296] {
+            let mut out = Vec::new();
+            push_decimal(&mut out, n);
+            assert_eq!(out, n.to_string().as_bytes());
+            assert_eq!(decimal(&out, 0), Some((n, out.len())));
+        }
+        assert_eq!(decimal(b"x", 0), None);
+        assert_eq!(decimal(b"12345678901", 0), None);
+        assert_eq!(decimal(b"", 0), None);
+    }
+
+    #[test]
+    fn key_lists() {
+        let mut keys = KeyList::default();
+        keys.push(b"a");
+        keys.push(b"");
+        keys.push(b"bc");
+        assert_eq!(keys.iter().collect::<Vec<_>>(), [&b"a"[..], b"", b"bc"]);
+        keys.clear();
+        assert!(keys.is_empty());
+    }
+}

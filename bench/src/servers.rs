@@ -1,0 +1,375 @@
+//! The servers of a comparison: where they are described, and the processes that this program starts and ends.
+
+use crate::process::pin;
+use crate::protocol::ProtocolName;
+use serde::Deserialize;
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A server to compare, as a file of targets describes it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerSpec {
+    /// What to call it.
+    pub name: String,
+    /// The wire protocol.
+    pub protocol: ProtocolName,
+    /// The program and its arguments. `{port}` and `{cpu}` stand for the port and the CPUs that are given to it. No
+    /// shell is involved; words with spaces go in quotes.
+    pub command: Option<String>,
+    /// Instead of a command: the address of a server that runs already.
+    pub address: Option<String>,
+    /// The process id of a server that runs already, for its CPU time and memory.
+    pub pid: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TargetsFile {
+    server: Vec<ServerSpec>,
+}
+
+/// Reads a file of targets.
+///
+/// # Errors
+///
+/// A sentence naming cause and remedy.
+pub fn read_targets(path: &Path) -> Result<Vec<ServerSpec>, String> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read the file of targets {shown}: {e}"))?;
+    parse_targets(&text).map_err(|e| format!("{shown}: {e}"))
+}
+
+fn parse_targets(text: &str) -> Result<Vec<ServerSpec>, String> {
+    let file: TargetsFile = toml::from_str(text).map_err(|e| {
+        format!("{e}write a [[server]] table per server, with name, protocol, and either command or address (and pid)")
+    })?;
+    for spec in &file.server {
+        let name = &spec.name;
+        match (&spec.command, &spec.address) {
+            (Some(_), Some(_)) => return Err(format!("server '{name}' has a command and an address; leave one out")),
+            (None, None) => return Err(format!("server '{name}' has neither a command nor an address; add one")),
+            (Some(command), None) if !command.contains("{port}") => {
+                return Err(format!(
+                    "the command of server '{name}' does not contain {{port}}, so it cannot be reached"
+                ));
+            }
+            (Some(_), None) if spec.pid.is_some() => {
+                return Err(format!(
+                    "server '{name}' has a command and a pid; the pid goes with an address"
+                ));
+            }
+            _ => {}
+        }
+        if let Some(command) = &spec.command {
+            words(command).map_err(|e| format!("the command of server '{name}' {e}"))?;
+        }
+    }
+    Ok(file.server)
+}
+
+/// Servers this program knows how to start.
+pub const KNOWN: [&str; 2] = ["memcached", "redis"];
+
+/// The description of a known server.
+///
+/// # Errors
+///
+/// A sentence naming cause and remedy when it is unknown or not installed.
+pub fn known(name: &str) -> Result<ServerSpec, String> {
+    // SAFETY: the call takes nothing and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let (program, protocol, command) = match name {
+        "memcached" => {
+            let user = if root { " -u nobody" } else { "" };
+            let command = format!("memcached -t 1 -U 0 -l 127.0.0.1 -p {{port}} -m 4096 -c 4096{user}");
+            ("memcached", ProtocolName::Memcached, command)
+        }
+        "redis" => {
+            let command = "redis-server --bind 127.0.0.1 --port {port} --save '' --appendonly no".to_string();
+            ("redis-server", ProtocolName::Resp, command)
+        }
+        _ => {
+            return Err(format!(
+                "'{name}' is not a server known here; known are {}",
+                KNOWN.join(" and ")
+            ));
+        }
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if !std::env::split_paths(&path).any(|directory| directory.join(program).is_file()) {
+        return Err(format!(
+            "{program} is not installed; install it, or leave {name} out of --with"
+        ));
+    }
+    Ok(ServerSpec {
+        name: name.to_string(),
+        protocol,
+        command: Some(command),
+        address: None,
+        pid: None,
+    })
+}
+
+/// Splits a command line at spaces outside of quotes.
+fn words(text: &str) -> Result<Vec<String>, &'static str> {
+    let mut words = Vec::new();
+    let (mut word, mut quote) = (None::<String>, None);
+    for c in text.chars() {
+        match quote {
+            Some(q) if c == q => quote = None,
+            None if c == '\'' || c == '"' => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            None if c.is_whitespace() => words.extend(word.take()),
+            _ => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    match quote {
+        Some(_) => Err("has a quote without an end; close it"),
+        None if words.is_empty() => Err("is empty; name a program"),
+        None => Ok(words),
+    }
+}
+
+/// A server that answers. One that this program started is ended with it; others are left alone.
+#[derive(Debug)]
+pub struct Server {
+    /// What to call it.
+    pub name: String,
+    /// The wire protocol.
+    pub protocol: ProtocolName,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its process, if known.
+    pub pid: Option<u32>,
+    child: Option<Child>,
+    log: Option<File>,
+}
+
+impl Server {
+    /// Starts the server if it has a command, on `cpus` unless they are empty, and waits until it accepts connections.
+    ///
+    /// # Errors
+    ///
+    /// A sentence naming cause and remedy.
+    pub fn launch(spec: &ServerSpec, cpus: &[usize]) -> Result<Server, String> {
+        let name = &spec.name;
+        let Some(command) = &spec.command else {
+            let text = spec.address.as_deref().unwrap_or_default();
+            let address = text.to_socket_addrs().ok().and_then(|mut a| a.next());
+            let address = address.ok_or(format!("'{text}' is no address of server '{name}'; write HOST:PORT"))?;
+            TcpStream::connect_timeout(&address, Duration::from_secs(2))
+                .map_err(|e| format!("server '{name}' at {address} does not answer: {e}; start it first"))?;
+            return Ok(Server {
+                name: name.clone(),
+                protocol: spec.protocol,
+                address,
+                pid: spec.pid,
+                child: None,
+                log: None,
+            });
+        };
+        let port = free_port().map_err(|e| format!("no free port on loopback: {e}"))?;
+        let list = cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        // Split first: what is put in must not be split again.
+        let words: Vec<String> = words(command)
+            .map_err(|e| format!("the command of server '{name}' {e}"))?
+            .into_iter()
+            .map(|w| w.replace("{port}", &port.to_string()).replace("{cpu}", &list))
+            .collect();
+        let (log, out, err) = open_log(port).map_err(|e| {
+            let directory = std::env::temp_dir();
+            format!(
+                "cannot write to {}: {e}; set TMPDIR to another directory",
+                directory.display()
+            )
+        })?;
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).stdin(Stdio::null()).stdout(out).stderr(err);
+        let cpus = cpus.to_vec();
+        let parent = std::process::id();
+        // SAFETY: between fork and exec only system calls are made, and no memory is allocated.
+        unsafe {
+            command.pre_exec(move || {
+                // A server must not outlive this program, however it ends; a stopped one heeds no other signal.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                if libc::getppid() as u32 != parent {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                if cpus.is_empty() { Ok(()) } else { pin(&cpus) }
+            });
+        }
+        let child = command.spawn().map_err(|e| {
+            format!(
+                "cannot start server '{name}' ({}): {e}; check its command",
+                words.join(" ")
+            )
+        })?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let pid = Some(child.id());
+        let mut server = Server {
+            name: name.clone(),
+            protocol: spec.protocol,
+            address,
+            pid,
+            child: Some(child),
+            log: Some(log),
+        };
+        server
+            .wait_until_ready()
+            .map_err(|e| format!("server '{name}' ({}) {e}", words.join(" ")))?;
+        Ok(server)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<(), String> {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+                return Err(format!("ended at once ({status}); it said: {}", self.last_words()));
+            }
+            if TcpStream::connect_timeout(&self.address, Duration::from_millis(200)).is_ok() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(format!(
+                    "does not listen on {}; it said: {}",
+                    self.address,
+                    self.last_words()
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The end of what the server printed.
+    fn last_words(&self) -> String {
+        let Some(log) = &self.log else { return "nothing".into() };
+        let end = log.metadata().map_or(0, |m| m.len());
+        let start = end.saturating_sub(500);
+        let mut bytes = vec![0; (end - start) as usize];
+        if log.read_exact_at(&mut bytes, start).is_err() {
+            return "nothing that could be read".into();
+        }
+        let text = String::from_utf8_lossy(&bytes).trim().to_string();
+        if text.is_empty() { "nothing".into() } else { text }
+    }
+
+    /// Stops the process until [`resume`](Self::resume), so that its idle work does not disturb the measurement of
+    /// another server on the same CPU. Does nothing to a server that this program did not start.
+    pub fn pause(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    /// Lets the process go on.
+    pub fn resume(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&self, signal: i32) {
+        if let Some(child) = &self.child {
+            // SAFETY: the child has not been waited for, so the id is still its own.
+            unsafe { libc::kill(child.id() as i32, signal) };
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.resume();
+        self.signal(libc::SIGTERM);
+        if let Some(mut child) = self.child.take() {
+            let ended = crate::process::wait(Duration::from_secs(3), || !matches!(child.try_wait(), Ok(None)));
+            if !ended {
+                // It ignores the request; nothing more can be done about errors here either.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+/// A file without a name for what a server prints, three times: to read, and for both of its outputs.
+fn open_log(port: u16) -> io::Result<(File, File, File)> {
+    let path = std::env::temp_dir().join(format!("memkv-bench-{}-{port}.log", std::process::id()));
+    let file = File::options().read(true).append(true).create_new(true).open(&path)?;
+    // Gone at once, so that nothing is left behind even if this program is killed.
+    std::fs::remove_file(&path)?;
+    Ok((file.try_clone()?, file.try_clone()?, file))
+}
+
+/// A port nobody listens on right now.
+fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines_split() {
+        assert_eq!(words("a  b 'c d' \"\" e'f'").unwrap(), ["a", "b", "c d", "", "ef"]);
+        assert!(words("a 'b").is_err());
+        assert!(words("  ").is_err());
+    }
+
+    #[test]
+    fn targets_read() {
+        let text = r#"
+            [[server]]
+            name = "mine"
+            protocol = "memcached"
+            command = "server --port {port} --cpus {cpu}"
+            [[server]]
+            name = "other"
+            protocol = "redis"
+            address = "127.0.0.1:6379"
+            pid = 7
+        "#;
+        let targets = parse_targets(text).unwrap();
+        assert_eq!(targets.len(), 2);
+        assert_eq!(targets[1].protocol, ProtocolName::Resp);
+        assert_eq!(targets[1].pid, Some(7));
+        for (wrong, why) in [
+            ("[[server]]\nname='a'\nprotocol='text'", "neither"),
+            (
+                "[[server]]\nname='a'\nprotocol='text'\ncommand='x {port}'\naddress='y:1'",
+                "leave one out",
+            ),
+            ("[[server]]\nname='a'\nprotocol='text'\ncommand='x'", "{port}"),
+            (
+                "[[server]]\nname='a'\nprotocol='text'\ncommand='x {port}'\npid=1",
+                "pid",
+            ),
+            ("[[server]]\nname='a'\nprotocol='nonsense'\naddress='y:1'", "nonsense"),
+            ("[[server]]\nname='a'\nprotocol='text'\naddres='y:1'", "addres"),
+        ] {
+            let message = parse_targets(wrong).unwrap_err();
+            assert!(message.contains(why), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_command_that_fails_is_explained() {
+        let spec = |command: &str| ServerSpec {
+            name: "broken".into(),
+            protocol: ProtocolName::Text,
+            command: Some(command.into()),
+            address: None,
+            pid: None,
+        };
+        let message = Server::launch(&spec("/nonexistent/server {port}"), &[]).unwrap_err();
+        assert!(message.contains("cannot start server 'broken'"), "{message}");
+        let message = Server::launch(&spec("/bin/sh -c 'echo no luck >&2; exit 3' {port}"), &[]).unwrap_err();
+        assert!(message.contains("no luck"), "{message}");
+    }
+}
