@@ -74,7 +74,7 @@ impl std::fmt::Display for Bytes {
                 return write!(f, "{}{unit}", self.0 >> shift);
             }
         }
-        write!(f, "{}", self.0)
+        write!(f, "{} bytes", self.0)
     }
 }
 

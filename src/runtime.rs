@@ -115,6 +115,11 @@ impl Server {
             .max_memory
             .map_or_else(host::default_memory_limit, |limit| limit.0);
         check_limits(&config, memory_bytes_max)?;
+        if config.memcached != Listen::Off {
+            // A memcached of this size would forget old items instead.
+            let limit = crate::config::Bytes(memory_bytes_max);
+            log::info!("--max-memory is {limit}: when it is used up, writes are refused; this server does not evict");
+        }
         let table = Arc::new(range_table(&config, cores)?);
         let (listeners, addresses) = bind(&config, cores)?;
 

@@ -30,6 +30,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "budget",
             "config",
             "encoding",
+            "link",
             "metrics",
             "model",
             "partition",
@@ -41,16 +42,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     // L4: the outside world.
     (
         "runtime",
-        &[
-            "budget",
-            "config",
-            "encoding",
-            "engine",
-            "metrics",
-            "model",
-            "partition",
-            "protocol",
-        ],
+        &["budget", "config", "engine", "link", "model", "partition", "protocol"],
     ),
     // L5: the command lines.
     ("main", &["config", "runtime"]),

@@ -311,7 +311,12 @@ def empty(address, text):
 
 
 class Memcached:
-    """A real memcached on a free port of the loopback."""
+    """A real memcached on a free port of the loopback.
+
+    Without its LRU thread: while that thread holds an item, incr makes a new
+    one instead of changing it in place, which shows (no padding, no mark of
+    being stale), so that the answers would depend on luck.
+    """
 
     def __init__(self, *options):
         with socket.socket() as s:

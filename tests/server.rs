@@ -1,0 +1,413 @@
+//! Real servers on real sockets: starting, serving many clients, limits that only sockets show, stopping.
+
+#![allow(clippy::unwrap_used, reason = "in a test, the assertion")]
+
+use memkv::config::{Config, Listen, PartitionerChoice};
+use memkv::protocol::Protocol;
+use memkv::runtime::Server;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+fn config(cores: u16) -> Config {
+    Config {
+        cores: Some(cores),
+        memcached: "127.0.0.1:0".parse().unwrap(),
+        text: Some("127.0.0.1:0".parse().unwrap()),
+        ..Config::default()
+    }
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    // A server that does not answer fails the test instead of hanging it.
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+}
+
+fn ask(stream: &mut TcpStream, request: &[u8], reply_bytes: usize) -> Vec<u8> {
+    stream.write_all(request).unwrap();
+    let mut reply = vec![0; reply_bytes];
+    stream.read_exact(&mut reply).unwrap();
+    reply
+}
+
+/// A number sequence that is different for every seed.
+fn random(seed: &mut u64) -> u64 {
+    *seed = seed
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
+    *seed >> 33
+}
+
+/// A thousand clients at once each set a random key (to 30 bytes) and value (to 1,000 bytes), and find what they wrote.
+#[test]
+fn a_thousand_clients_find_what_they_wrote() {
+    let server = Server::start(config(2)).unwrap();
+    for protocol in [Protocol::Memcached, Protocol::Text] {
+        let address = server.address(protocol).unwrap();
+        let workers: Vec<_> = (0..20u64)
+            .map(|worker| {
+                std::thread::spawn(move || {
+                    let mut clients: Vec<TcpStream> = (0..50).map(|_| connect(address)).collect();
+                    let mut seed = worker;
+                    let mut wrote = vec![];
+                    // All of them set before any of them gets, so that all are open together.
+                    for (number, client) in clients.iter_mut().enumerate() {
+                        let length = random(&mut seed) as usize % 20;
+                        let key = format!("{worker}:{number}:{}", "k".repeat(length));
+                        let bytes = random(&mut seed) as usize % 1000 + 1;
+                        let value: Vec<u8> = (0..bytes).map(|_| random(&mut seed) as u8).collect();
+                        let header = match protocol {
+                            Protocol::Memcached => format!("set {key} 0 0 {bytes}\r\n"),
+                            Protocol::Text => format!("set {key} {bytes}\r\n"),
+                        };
+                        let request = [header.as_bytes(), &value, b"\r\n"].concat();
+                        assert_eq!(ask(client, &request, 8), b"STORED\r\n");
+                        wrote.push((key, value));
+                    }
+                    for (client, (key, value)) in clients.iter_mut().zip(&wrote) {
+                        let header = match protocol {
+                            Protocol::Memcached => format!("VALUE {key} 0 {}\r\n", value.len()),
+                            Protocol::Text => format!("VALUE {key} {} \r\n", value.len()),
+                        };
+                        let expected = [header.as_bytes(), value, b"\r\nEND\r\n"].concat();
+                        let request = format!("get {key}\r\n");
+                        assert_eq!(ask(client, request.as_bytes(), expected.len()), expected);
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    }
+    server.stop();
+}
+
+/// More cores than CPUs: it works, whatever the machine has.
+#[test]
+fn more_cores_than_cpus() {
+    let server = Server::start(config(8)).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let mut clients: Vec<TcpStream> = (0..16).map(|_| connect(address)).collect();
+    for number in 0..400 {
+        let client = &mut clients[number % 16];
+        let request = format!("set key{number} 0 0 3\r\nabc\r\n");
+        assert_eq!(ask(client, request.as_bytes(), 8), b"STORED\r\n");
+    }
+    for number in 0..400 {
+        let client = &mut clients[(number + 7) % 16];
+        let expected = format!("VALUE key{number} 0 3\r\nabc\r\nEND\r\n").into_bytes();
+        assert_eq!(
+            ask(client, format!("get key{number}\r\n").as_bytes(), expected.len()),
+            expected
+        );
+    }
+    server.stop();
+}
+
+/// Connections are spread over the cores, also when there are few.
+#[test]
+fn connections_are_spread() {
+    let server = Server::start(config(2)).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let mut clients: Vec<TcpStream> = (0..4).map(|_| connect(address)).collect();
+    for client in &mut clients {
+        assert_eq!(ask(client, b"mn\r\n", 4), b"MN\r\n");
+    }
+    clients[0].write_all(b"stats cores\r\n").unwrap();
+    let mut reader = BufReader::new(&clients[0]);
+    let mut spread = vec![];
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        if line == "END\r\n" {
+            break;
+        }
+        if line.contains(":connections ") {
+            spread.push(line.trim().rsplit(' ').next().unwrap().parse::<u32>().unwrap());
+        }
+    }
+    assert_eq!(spread, [2, 2]);
+    server.stop();
+}
+
+/// A value of a megabyte, in both directions and across cores, while small requests go on.
+#[test]
+fn large_values() {
+    let server = Server::start(config(2)).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let mut client = connect(address);
+    for number in 0..20u8 {
+        let value = vec![number; 1 << 20];
+        let request = [
+            format!("set big{number} 0 0 {}\r\n", value.len()).as_bytes(),
+            &value,
+            b"\r\n",
+        ]
+        .concat();
+        assert_eq!(ask(&mut client, &request, 8), b"STORED\r\n");
+    }
+    let mut other = connect(address);
+    for number in 0..20u8 {
+        let expected = [
+            format!("VALUE big{number} 0 {}\r\n", 1 << 20).as_bytes(),
+            &vec![number; 1 << 20],
+            b"\r\nEND\r\n",
+        ]
+        .concat();
+        assert!(ask(&mut other, format!("get big{number}\r\n").as_bytes(), expected.len()) == expected);
+    }
+    server.stop();
+}
+
+/// Thousands of connections opened and dropped, some in the middle of a request: the server goes on, and forgets them.
+#[test]
+fn connections_opened_and_dropped() {
+    let server = Server::start(config(2)).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    for round in 0..20 {
+        let clients: Vec<TcpStream> = (0..250)
+            .map(|number| {
+                let mut client = connect(address);
+                match (round + number) % 4 {
+                    0 => client.write_all(b"get a b").unwrap(),
+                    1 => client.write_all(b"set big 0 0 1000000\r\nabc").unwrap(),
+                    2 => client.write_all(&b"get missing\r\n".repeat(100)).unwrap(),
+                    _ => {}
+                }
+                client
+            })
+            .collect();
+        drop(clients);
+    }
+    let mut client = connect(address);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let count = stat(&mut client, "curr_connections");
+        if count == 1 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{count} connections are still counted");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(stat(&mut client, "bytes_charged"), stat(&mut client, "hash_bytes"));
+    server.stop();
+}
+
+fn stat(client: &mut TcpStream, name: &str) -> u64 {
+    client.write_all(b"stats\r\n").unwrap();
+    let mut reader = BufReader::new(&mut *client);
+    let mut found = None;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        if line == "END\r\n" {
+            return found.unwrap();
+        }
+        if let Some(value) = line.strip_prefix(&format!("STAT {name} ")) {
+            found = value.trim().parse().ok();
+        }
+    }
+}
+
+/// One connection more than the limit is told so; when one ends there is room again.
+#[test]
+fn the_limit_of_connections() {
+    let mut config = config(2);
+    config.limits.connections_max = 3;
+    let server = Server::start(config).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let mut clients: Vec<TcpStream> = (0..3).map(|_| connect(address)).collect();
+    for client in &mut clients {
+        assert_eq!(ask(client, b"mn\r\n", 4), b"MN\r\n");
+    }
+    let mut said = String::new();
+    connect(address).read_to_string(&mut said).unwrap();
+    assert_eq!(said, "ERROR Too many open connections\r\n");
+    clients.pop();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let mut client = connect(address);
+        let mut reply = [0; 4];
+        if client.write_all(b"mn\r\n").is_ok() && client.read_exact(&mut reply).is_ok() && &reply == b"MN\r\n" {
+            break;
+        }
+        assert!(Instant::now() < deadline, "there is no room again");
+    }
+    server.stop();
+}
+
+/// A silent connection is closed after the idle time, and one that speaks is not.
+#[test]
+fn idle_connections_are_closed() {
+    let mut config = config(1);
+    config.limits.idle_timeout = Duration::from_millis(700);
+    let server = Server::start(config).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let (mut silent, mut speaking) = (connect(address), connect(address));
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(2500) {
+        assert_eq!(ask(&mut speaking, b"mn\r\n", 4), b"MN\r\n");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(silent.read(&mut [0; 10]).unwrap(), 0);
+    server.stop();
+}
+
+/// A client that closes its sending side still gets all its answers, then the end.
+#[test]
+fn half_closed_connections_are_answered() {
+    for cores in [1, 2] {
+        let server = Server::start(config(cores)).unwrap();
+        let mut client = connect(server.address(Protocol::Memcached).unwrap());
+        let requests: String = (0..1000)
+            .map(|number| format!("set k{number} 0 0 1\r\nx\r\nget k{number}\r\n"))
+            .collect();
+        client.write_all(requests.as_bytes()).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut replies = String::new();
+        client.read_to_string(&mut replies).unwrap();
+        assert_eq!(replies.matches("STORED\r\n").count(), 1000);
+        assert_eq!(replies.matches("END\r\n").count(), 1000);
+        server.stop();
+    }
+}
+
+/// What was received before a stop is answered.
+#[test]
+fn a_stop_answers_what_was_received() {
+    let server = Server::start(config(2)).unwrap();
+    let mut client = connect(server.address(Protocol::Memcached).unwrap());
+    assert_eq!(ask(&mut client, b"mn\r\n", 4), b"MN\r\n");
+    client
+        .write_all("get missing\r\nset a 0 0 1\r\nx\r\n".repeat(200).as_bytes())
+        .unwrap();
+    let began = Instant::now();
+    server.stop();
+    assert!(began.elapsed() < Duration::from_secs(5));
+    let mut replies = String::new();
+    let _ = client.read_to_string(&mut replies);
+    assert_eq!(replies.matches("END\r\n").count(), 200);
+    assert_eq!(replies.matches("STORED\r\n").count(), 200);
+}
+
+/// A taken port, and options that do not fit, are told in one message that names them.
+#[test]
+fn what_does_not_fit_is_told() {
+    let server = Server::start(config(1)).unwrap();
+    let taken = server.address(Protocol::Memcached).unwrap();
+    let second = Config {
+        memcached: Listen::At(taken),
+        ..config(1)
+    };
+    let error = Server::start(second).unwrap_err().to_string();
+    assert!(
+        error.contains(&taken.to_string()) && error.contains("another process"),
+        "{error}"
+    );
+    server.stop();
+
+    let boundaries = Config {
+        partitioner: PartitionerChoice::Ordered,
+        boundaries: vec!["m".to_owned(), "g".to_owned()],
+        shards: Some(3),
+        ..config(1)
+    };
+    let error = Server::start(boundaries).unwrap_err().to_string();
+    assert!(error.contains("'m' and 'g'"), "{error}");
+
+    let load = Config {
+        load: Some("/nonexistent/words".into()),
+        ..config(2)
+    };
+    let error = Server::start(load).unwrap_err().to_string();
+    assert!(error.contains("/nonexistent/words"), "{error}");
+}
+
+/// Rows are loaded before the first client is served; malformed ones are counted, or end a strict start.
+#[test]
+fn loading_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows");
+    let rows: String = (0..5000)
+        .map(|number| format!("key{number} value of {number}\n"))
+        .collect();
+    std::fs::write(&path, format!("{rows}malformed\nkey7 the later row wins\r\n\n")).unwrap();
+    for partitioner in [PartitionerChoice::Hashed, PartitionerChoice::Ordered] {
+        let ordered = partitioner == PartitionerChoice::Ordered;
+        let loading = Config {
+            load: Some(path.clone()),
+            partitioner,
+            boundaries: if ordered {
+                vec!["key2".to_owned(), "key5".to_owned()]
+            } else {
+                vec![]
+            },
+            ..config(3)
+        };
+        let server = Server::start(loading.clone()).unwrap();
+        let report = server.loaded().unwrap();
+        assert_eq!((report.rows, report.malformed), (5001, 1));
+        let mut client = connect(server.address(Protocol::Memcached).unwrap());
+        assert_eq!(stat(&mut client, "curr_items"), 5000);
+        let expected = b"VALUE key7 0 18\r\nthe later row wins\r\nEND\r\n";
+        assert_eq!(ask(&mut client, b"get key7\r\n", expected.len()), expected);
+        let expected = b"VALUE key4999 0 13\r\nvalue of 4999\r\nEND\r\n";
+        assert_eq!(ask(&mut client, b"get key4999\r\n", expected.len()), expected);
+        server.stop();
+        let strict = Config {
+            load_strict: true,
+            ..loading
+        };
+        let error = Server::start(strict).unwrap_err().to_string();
+        assert!(error.contains("row 5001"), "{error}");
+    }
+}
+
+/// The binary: says where it listens and when it is ready, ends with 0 on SIGTERM, with 1 when it cannot start, with 2 for
+/// options that make no sense, and never with a panic.
+#[test]
+fn the_binary_and_its_exit_codes() {
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_memkv-tpc"));
+        command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.env_remove("SERVER_PORT").env_remove("KV_DATA_FILE_PATH");
+        command
+    };
+    let mut child = run(&["--cores", "1", "--memcached", "127.0.0.1:0", "--text", "off"])
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let listening = lines.next().unwrap().unwrap();
+    let address: SocketAddr = listening.strip_prefix("listening memcached ").unwrap().parse().unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    let mut client = connect(address);
+    assert_eq!(ask(&mut client, b"mn\r\n", 4), b"MN\r\n");
+    let taken = run(&["--cores", "1", "--memcached", &address.to_string(), "--text", "off"])
+        .output()
+        .unwrap();
+    assert_eq!(taken.status.code(), Some(1));
+    let said = String::from_utf8(taken.stderr).unwrap();
+    assert!(
+        said.contains(&address.to_string()) && !said.contains("panicked"),
+        "{said}"
+    );
+    let kill = Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+
+    let nonsense = run(&["--cores", "none"]).output().unwrap();
+    assert_eq!(nonsense.status.code(), Some(2));
+    let mut port = run(&["--memcached", "off"]);
+    let port = port.env("SERVER_PORT", "none").output().unwrap();
+    assert_eq!(port.status.code(), Some(1));
+    assert!(
+        String::from_utf8(port.stderr)
+            .unwrap()
+            .contains("SERVER_PORT is 'none'")
+    );
+}
