@@ -53,6 +53,7 @@ pub struct Budget {
     /// Taken from the pool and not charged.
     spare: u64,
     charged: u64,
+    released: u64,
 }
 
 impl Budget {
@@ -62,6 +63,7 @@ impl Budget {
             pool,
             spare: 0,
             charged: 0,
+            released: 0,
         }
     }
 
@@ -103,6 +105,7 @@ impl Budget {
         let bytes = bytes as u64;
         debug_assert!(bytes <= self.charged, "released more than was charged");
         self.charged -= bytes;
+        self.released += bytes;
         self.spare += bytes;
         if self.spare > 2 * PIECE_BYTES {
             self.give_back();
@@ -119,6 +122,11 @@ impl Budget {
     /// Bytes charged on this core.
     pub fn charged(&self) -> u64 {
         self.charged
+    }
+
+    /// All bytes that were ever released on this core.
+    pub fn released(&self) -> u64 {
+        self.released
     }
 
     /// The common pool.

@@ -209,6 +209,11 @@ impl Engine {
         }
     }
 
+    /// All bytes of items and values that were ever freed on this core.
+    pub fn released_bytes(&self) -> u64 {
+        self.budget.released()
+    }
+
     /// Facts about the process, for statistics.
     pub fn set_process_facts(&mut self, facts: ProcessFacts) {
         self.process = facts;
@@ -1089,7 +1094,7 @@ impl Engine {
             || session.ended
             || session.blocked != Blocked::No && session.input.len() as u64 >= self.config.limits.input_bytes_max.0;
         Wants {
-            send: !session.output.is_empty(),
+            send: session.sends_now(),
             close: false,
             read: !session.paused,
         }

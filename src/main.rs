@@ -10,10 +10,6 @@ use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::process::ExitCode;
 
-/// Small items come and go in the millions: the allocator matters.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,memkv=info"))
         .format_target(false)

@@ -49,11 +49,12 @@ impl Deadline {
         matches!(self, Deadline::At(moment) if moment <= now)
     }
 
-    /// Remaining whole seconds, rounded up; `None` for an item that stays.
+    /// Remaining seconds, to the nearest, and at least one while the item lives; `None` for an item that stays. Not rounded
+    /// up: the clock of the core that set the deadline may be a moment ahead of the one that asks.
     pub fn remaining_seconds(self, now: UnixMillis) -> Option<u64> {
         match self {
             Deadline::Never => None,
-            Deadline::At(moment) => Some(moment.0.saturating_sub(now.0).div_ceil(1000)),
+            Deadline::At(moment) => Some(((moment.0.saturating_sub(now.0) + 500) / 1000).max(1)),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! what there is to load, and only then serves. On each executor one task runs: the [`pump`], which moves bytes between the
 //! network ring ([`net`]), the channels to other cores ([`mesh`]) and the core's [`Engine`].
 
+mod allocator;
 mod host;
 mod load;
 mod mesh;
@@ -143,6 +144,7 @@ impl Server {
         });
         let pool = Pool::new(memory_bytes_max);
         let meshes = mesh::build(&peers);
+        let clock = pump::Clock::start();
         let mut boot = Boot::new(usize::from(cores));
         let mut threads = vec![];
         for ((number, mesh), listeners) in meshes.into_iter().enumerate().zip(listeners) {
@@ -155,6 +157,7 @@ impl Server {
                 shared: shared.clone(),
                 mesh,
                 listeners,
+                clock,
             };
             let slot = boot.slot();
             let thread = std::thread::Builder::new().name(format!("core {number}"));
@@ -301,6 +304,7 @@ struct Core {
     shared: Arc<Shared>,
     mesh: Mesh,
     listeners: Vec<net::Listener>,
+    clock: pump::Clock,
 }
 
 impl Core {
@@ -325,7 +329,7 @@ impl Core {
     }
 
     async fn serve(self, boot: &BootSlot) {
-        let clock = pump::Clock::start();
+        let clock = self.clock;
         let (config, table) = (self.config.clone(), self.table);
         let spinning = self.cpu.is_some();
         let mut engine = Engine::new(self.id, table, self.pool, config.clone(), clock.wall());
@@ -334,7 +338,7 @@ impl Core {
             None => Ok(None),
         };
         let doorbell = self.shared.peers[usize::from(self.id.0)].doorbell();
-        let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, &doorbell));
+        let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, doorbell));
         let net = net.map_err(|error| StartError(format!("no network ring for core {}: {error}", self.id.0)));
         // The first sleep of an executor takes tens of milliseconds: get it over with before anybody waits.
         glommio::timer::sleep(Duration::from_millis(1)).await;

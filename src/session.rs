@@ -92,6 +92,8 @@ pub(crate) struct Session {
     pub(crate) socket_closed: bool,
     /// It stands in the engine's list of sessions to look after.
     pub(crate) listed: bool,
+    /// The output waits until the replies before this number have come.
+    send_after: Option<u32>,
     pub(crate) last_received_ms: u64,
     /// When the output last got shorter, or became non-empty.
     pub(crate) last_sent_ms: u64,
@@ -116,6 +118,7 @@ impl Session {
             gone: false,
             socket_closed: false,
             listed: false,
+            send_after: None,
             last_received_ms: now_ms,
             last_sent_ms: now_ms,
         }
@@ -130,6 +133,26 @@ impl Session {
     /// Bytes of replies that the client has not taken.
     pub(crate) fn output_bytes(&self) -> usize {
         self.output.len() + self.replies.held.len()
+    }
+
+    /// Whether what was answered should be sent now. While replies of other cores are under way it waits for those that were
+    /// when it was first asked, so that a pipeline leaves in one piece; later requests do not make it wait longer.
+    pub(crate) fn sends_now(&mut self) -> bool {
+        if self.output.is_empty() {
+            return false;
+        }
+        let replies = &self.replies;
+        if replies.slots.is_empty() || self.output.len() >= OUTPUT_BYTES_WORTH_SENDING {
+            self.send_after = None;
+            return true;
+        }
+        let next = replies.first.wrapping_add(replies.slots.len() as u32);
+        let waits_for = *self.send_after.get_or_insert(next);
+        let arrived = replies.first.wrapping_sub(waits_for) as i32 >= 0;
+        if arrived {
+            self.send_after = None;
+        }
+        arrived
     }
 
     /// Where the next reply is to be written when it is known now. `None`: replies before it are missing, so it must wait
@@ -259,6 +282,9 @@ struct Replies {
     /// How many bytes of `held` a slot still refers to.
     held_used: usize,
 }
+
+/// From here on a send costs less than waiting for more.
+const OUTPUT_BYTES_WORTH_SENDING: usize = 16 * 1024;
 
 /// `held` is compacted when it is longer than this and mostly unused.
 const HELD_BYTES_SLACK: usize = 64 * 1024;

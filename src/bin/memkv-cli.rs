@@ -9,11 +9,11 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
+use std::borrow::Cow;
 use std::ffi::OsString;
-use std::fmt::Write as _;
-use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,21 +24,30 @@ const KEY_BYTES_MAX: usize = 250;
 const LINE_BYTES_MAX: u64 = 8192;
 /// Larger values come from something else than a memcached.
 const VALUE_BYTES_MAX: u64 = 1 << 30;
-/// Keys per request: reading and writing take turns, so neither side may have to hold an endless request or answer.
-const KEYS_PER_REQUEST: usize = 64;
 /// Longer times must be sent as Unix times.
 const RELATIVE_SECONDS_MAX: u64 = 60 * 60 * 24 * 30;
+/// Older lines are forgotten.
 const HISTORY_LINES_MAX: usize = 1000;
 
-const LINE_HELP: &str = "A value is the rest of the line behind the key, blanks inside included, or a text in quotes \
-    with the escapes \\n \\r \\t \\\" \\\\ \\xNN. Options stand before the key, or behind a value in quotes.";
-const OUTPUT_HELP: &str = "Without a command there is a prompt; when standard input is not a terminal, its lines are the \
-    commands. `help` there says how lines are written.\n\n\
-    On a terminal a value is shown with a line end behind it, and in quotes with escapes when it is not plain text. \
-    Elsewhere its bytes are written as they are: without a line end when the arguments ask for one key, with one \
-    otherwise.\n\n\
-    Exit code: 0, or 1 when the server cannot be reached or refuses, when a key of a command in the arguments does not \
-    exist, or when any piped line failed, or 2 for wrong arguments.";
+/// How lines are written.
+const LINE_HELP: &str = "\
+A value is the rest of the line behind the key, blanks inside included, or a
+text in quotes with the escapes \\n \\r \\t \\\" \\' \\\\ \\xNN. Options stand before the
+key, or behind a value in quotes.";
+/// What the options do not say.
+const OUTPUT_HELP: &str = "\
+Without a command there is a prompt; when standard input is not a terminal, its
+lines are the commands. `help` there says how lines are written. The prompt
+keeps its lines, values included, in $XDG_STATE_HOME/memkv-cli/history, or below
+~/.local/state, where it can write there.
+
+On a terminal a value is shown with a line end behind it, and in quotes with
+escapes when it is not plain text. Elsewhere its bytes are written as they are,
+with a line end only where more could follow: for several keys and for lines.
+
+Exit code: 0; 1 when the server cannot be reached or refuses, when a key of a
+command in the arguments does not exist, or when one of the lines failed; 2 for
+wrong arguments.";
 
 /// Asks a memkv-tpc server, or another server of memcached's text protocol.
 #[derive(Debug, Parser)]
@@ -56,7 +65,7 @@ struct Arguments {
     command: Option<Command>,
 }
 
-/// What a line can say.
+/// Commands of the prompt and of lines from a pipe.
 #[derive(Debug, Parser)]
 #[command(name = "", no_binary_name = true, after_help = LINE_HELP)]
 enum Line {
@@ -71,7 +80,7 @@ enum Line {
 /// What can be asked of the server.
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
-    /// Show the values of keys.
+    /// Show the values of keys, one below the other.
     Get {
         #[arg(required = true, value_name = "KEY", value_parser = word())]
         keys: Vec<Word>,
@@ -131,6 +140,7 @@ struct Step {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Word(Vec<u8>);
 
+/// Checks a [`Word`] before anything is sent.
 fn word() -> impl TypedValueParser<Value = Word> {
     OsStringValueParser::new().try_map(|text| {
         let bytes = text.into_vec();
@@ -149,6 +159,7 @@ fn word() -> impl TypedValueParser<Value = Word> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Expiry(u64);
 
+/// Seconds from now, 0 for never.
 fn parse_expiry(text: &str) -> Result<Expiry, String> {
     let seconds: u64 = text
         .parse()
@@ -164,6 +175,7 @@ fn parse_expiry(text: &str) -> Result<Expiry, String> {
     }
 }
 
+/// An address as it is typed; its name is looked up for each connection anew.
 fn parse_server(text: &str) -> Result<String, String> {
     match text.rsplit_once(':') {
         Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) => Ok(text.to_owned()),
@@ -171,6 +183,7 @@ fn parse_server(text: &str) -> Result<String, String> {
     }
 }
 
+/// A time of at least a millisecond: the system takes 0 for none.
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     let units = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("", 1.0)];
     units
@@ -188,12 +201,8 @@ enum Failure {
     Unclear(String),
     /// There is no connection.
     Unreachable(io::Error),
-    /// The server closed the connection before its answer was complete.
-    Closed,
-    /// The server said nothing for too long.
-    Silent,
-    /// The connection broke.
-    Broken(io::Error),
+    /// The connection ended, or nothing came for too long, before the answer was complete.
+    Lost(io::Error),
     /// The server answered what no memcached answers.
     Foreign(Vec<u8>),
     /// The server refused, in these words.
@@ -202,46 +211,48 @@ enum Failure {
     Output(io::Error),
 }
 
-impl Failure {
-    fn from_read(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Failure::Silent,
-            _ => Failure::Broken(error),
-        }
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Failure::Lost(error)
     }
+}
 
+impl Failure {
     /// What to tell the user, with what can be done about it where something can.
-    fn describe(&self, server: &str, timeout: Duration) -> String {
+    fn describe(&self, server: &str) -> String {
         match self {
             Failure::Unclear(text) => text.clone(),
             Failure::Unreachable(error) => format!(
-                "cannot connect to {server}: {error}; start memkv-tpc there, or say where it listens with --server HOST:PORT"
+                "cannot connect to {server}: {error}; start memkv-tpc there, or name another address with --server HOST:PORT"
             ),
-            Failure::Closed => format!("{server} closed the connection before it had answered"),
-            Failure::Silent => {
-                format!("{server} did not answer within {timeout:?}; --timeout TIME waits longer")
-            }
-            Failure::Broken(error) => format!("the connection to {server} broke before the answer: {error}"),
-            Failure::Foreign(line) => {
-                let line = &line[..line.len().min(80)];
-                format!(
-                    "what {server} answered is not the memcached protocol: {}; is it the right port?",
-                    quote(line)
-                )
-            }
+            Failure::Lost(error) => match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                    format!("{server} did not answer in time; --timeout TIME waits longer")
+                }
+                ErrorKind::UnexpectedEof => format!("{server} closed the connection before it had answered"),
+                _ => format!("the connection to {server} broke before the answer: {error}"),
+            },
+            Failure::Foreign(answer) => format!(
+                "{server} does not speak the memcached protocol: it answered \"{}\"; is it the right port?",
+                answer[..answer.len().min(80)].escape_ascii()
+            ),
             Failure::Refused(words) if words == b"ERROR" => {
                 "the server answered ERROR: it does not know this command".to_owned()
             }
-            Failure::Refused(words) => format!("the server answered {}", plain_or_quoted(words)),
+            Failure::Refused(words) => format!("the server answered {}", String::from_utf8_lossy(&plain(words))),
             Failure::Output(error) => format!("cannot write the result: {error}"),
         }
     }
 }
 
+/// What a key was answered by; None when it is not there.
+type Answer = Result<Option<Vec<u8>>, Failure>;
+
 /// An open connection.
 struct Connection(BufReader<TcpStream>);
 
 impl Connection {
+    /// Connects to the first address that works.
     fn open(server: &str, timeout: Duration) -> Result<Self, Failure> {
         let connect = |address| {
             let stream = TcpStream::connect_timeout(&address, timeout)?;
@@ -263,76 +274,59 @@ impl Connection {
     /// Whether it is still there, with nothing to read. Asked before a command is sent, because afterwards nobody knows
     /// whether the server had carried it out, and it must not be sent twice.
     fn is_fresh(&self) -> bool {
-        let stream = self.0.get_ref();
-        let waits = || {
+        let peek = |stream: &TcpStream| {
             stream.set_nonblocking(true)?;
             let peeked = stream.peek(&mut [0]);
             stream.set_nonblocking(false)?;
             peeked
         };
-        self.0.buffer().is_empty() && waits().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        self.0.buffer().is_empty() && peek(self.0.get_ref()).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 
     /// The next line of the answer, unless the server refuses with it.
     fn line(&mut self) -> Result<Vec<u8>, Failure> {
         let mut line = vec![];
-        let mut limited = (&mut self.0).take(LINE_BYTES_MAX);
-        limited.read_until(b'\n', &mut line).map_err(Failure::from_read)?;
-        match line.pop() {
-            Some(b'\n') => {}
-            _ if line.len() as u64 + 1 >= LINE_BYTES_MAX => return Err(Failure::Foreign(line)),
-            _ => return Err(Failure::Closed),
+        (&mut self.0).take(LINE_BYTES_MAX).read_until(b'\n', &mut line)?;
+        if line.pop_if(|last| *last == b'\n').is_none() {
+            return Err(match line.len() as u64 {
+                LINE_BYTES_MAX => Failure::Foreign(line),
+                _ => Failure::Lost(ErrorKind::UnexpectedEof.into()),
+            });
         }
         line.pop_if(|last| *last == b'\r');
-        let verb = line.split(|byte| matches!(byte, b' ' | b':')).next();
-        match verb {
+        match line.split(|byte| matches!(byte, b' ' | b':')).next() {
             Some(b"ERROR" | b"CLIENT_ERROR" | b"SERVER_ERROR") => Err(Failure::Refused(line)),
             _ => Ok(line),
         }
     }
 
-    /// A value of the answer, with the line end behind it.
-    fn value(&mut self, bytes: u64) -> Result<Vec<u8>, Failure> {
+    /// The answer to `get` with one key.
+    fn value(&mut self, key: &[u8]) -> Answer {
+        let line = self.line()?;
+        if line == b"END" {
+            return Ok(None);
+        }
+        let Some(bytes) = parse_value_line(&line, key) else {
+            return Err(Failure::Foreign(line));
+        };
+        // Grows with what arrives: the number alone must not cost memory.
         let mut value = vec![];
-        let mut limited = (&mut self.0).take(bytes + 2);
-        limited.read_to_end(&mut value).map_err(Failure::from_read)?;
-        if (value.len() as u64) < bytes + 2 {
-            return Err(Failure::Closed);
+        (&mut self.0).take(bytes + 2).read_to_end(&mut value)?;
+        if value.len() as u64 != bytes + 2 {
+            return Err(Failure::Lost(ErrorKind::UnexpectedEof.into()));
         }
-        match value.split_off(bytes as usize).as_slice() {
-            b"\r\n" => Ok(value),
-            _ => Err(Failure::Foreign(value)),
-        }
-    }
-
-    /// What is found of `keys`, in their order.
-    fn values(&mut self, keys: &[Word]) -> Result<Vec<Option<Vec<u8>>>, Failure> {
-        let mut found = vec![];
-        loop {
-            let line = self.line()?;
-            if line == b"END" {
-                found.resize(keys.len(), None);
-                return Ok(found);
-            }
-            let Some((key, bytes)) = parse_value_line(&line) else {
-                return Err(Failure::Foreign(line));
-            };
-            // Keys that are not there are left out, so this may be any of the rest.
-            let Some(skipped) = keys[found.len()..].iter().position(|Word(asked)| *asked == key) else {
-                return Err(Failure::Foreign(line));
-            };
-            found.resize(found.len() + skipped, None);
-            found.push(Some(self.value(bytes)?));
+        match (value.split_off(bytes as usize).as_slice(), self.line()?) {
+            (b"\r\n", end) if end == b"END" => Ok(Some(value)),
+            (_, line) => Err(Failure::Foreign(line)),
         }
     }
 }
 
-/// `VALUE <key> <flags> <bytes> [<cas>]`.
-fn parse_value_line(line: &[u8]) -> Option<(&[u8], u64)> {
-    let mut words = line.strip_prefix(b"VALUE ")?.split(|byte| *byte == b' ');
-    let (key, _flags, bytes) = (words.next()?, words.next()?, words.next()?);
-    let bytes = std::str::from_utf8(bytes).ok()?.parse().ok()?;
-    (bytes <= VALUE_BYTES_MAX).then_some((key, bytes))
+/// The length in `VALUE <key> <flags> <bytes>`.
+fn parse_value_line(line: &[u8], key: &[u8]) -> Option<u64> {
+    let numbers = line.strip_prefix(b"VALUE ")?.strip_prefix(key)?.strip_prefix(b" ")?;
+    let bytes = std::str::from_utf8(numbers).ok()?.split(' ').nth(1)?.parse().ok()?;
+    (bytes <= VALUE_BYTES_MAX).then_some(bytes)
 }
 
 /// Asks one server, over a connection that is opened when it is needed.
@@ -344,15 +338,6 @@ struct Client {
 }
 
 impl Client {
-    fn new(server: String, timeout: Duration) -> Self {
-        Self {
-            server,
-            timeout,
-            connection: None,
-            was_connected: false,
-        }
-    }
-
     /// The connection, a new one if need be. Whoever takes it puts it back when the answer was complete: what comes later
     /// on it would be taken for the answer to the next command.
     fn take_connection(&mut self) -> Result<Connection, Failure> {
@@ -366,32 +351,30 @@ impl Client {
         Ok(connection)
     }
 
-    fn connect(&mut self) -> Result<(), Failure> {
-        self.connection = Some(self.take_connection()?);
-        Ok(())
-    }
-
-    /// Sends a request and reads its answer.
+    /// Sends a request, given in pieces without the line end, and reads its answer.
     fn ask<T>(
         &mut self,
-        request: &[u8],
-        answer: impl FnOnce(&mut Connection) -> Result<T, Failure>,
+        request: &[&[u8]],
+        read: impl FnOnce(&mut Connection) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let mut connection = self.take_connection()?;
-        let sent = connection.0.get_mut().write_all(request);
-        let answer = answer(&mut connection);
+        let sent = connection
+            .0
+            .get_mut()
+            .write_all(&[&request.concat(), "\r\n".as_bytes()].concat());
+        let answer = read(&mut connection);
         match (&sent, &answer) {
             (Ok(()), Ok(_) | Err(Failure::Refused(_))) => self.connection = Some(connection),
             // A server that has no room for a client says so and closes; its words explain more than a broken pipe.
             (Err(_), Err(Failure::Refused(_))) => {}
-            _ => sent.map_err(Failure::from_read)?,
+            _ => sent?,
         }
         answer
     }
 
-    /// Sends a request that is answered by one line. None: the key is not there.
-    fn line(&mut self, request: &[&[u8]], valid: fn(&[u8]) -> bool) -> Result<Option<Vec<u8>>, Failure> {
-        match self.ask(&[&request.concat(), "\r\n".as_bytes()].concat(), Connection::line)? {
+    /// Asks what is answered by one line.
+    fn ask_line(&mut self, request: &[&[u8]], valid: fn(&[u8]) -> bool) -> Answer {
+        match self.ask(request, Connection::line)? {
             line if valid(&line) => Ok(Some(line)),
             line if line == b"NOT_FOUND" => Ok(None),
             line if line == b"NOT_STORED" => Err(Failure::Refused(line)),
@@ -399,23 +382,15 @@ impl Client {
         }
     }
 
-    fn get(&mut self, keys: &[Word]) -> Result<Vec<Option<Vec<u8>>>, Failure> {
-        let mut found = vec![];
-        for keys in keys.chunks(KEYS_PER_REQUEST) {
-            let mut request = b"get".to_vec();
-            for Word(key) in keys {
-                request.push(b' ');
-                request.extend_from_slice(key);
-            }
-            request.extend_from_slice(b"\r\n");
-            found.extend(self.ask(&request, |connection| connection.values(keys))?);
-        }
-        Ok(found)
+    /// A key's value.
+    fn get(&mut self, Word(key): &Word) -> Answer {
+        self.ask(&[b"get ", key], |connection| connection.value(key))
     }
 
-    fn set(&mut self, Word(key): &Word, value: &[u8], ttl: Expiry, flags: u32) -> Result<Option<Vec<u8>>, Failure> {
-        let numbers = format!(" {flags} {} {}\r\n", ttl.0, value.len());
-        let stored = self.line(&[b"set ", key, numbers.as_bytes(), value], |line| line == b"STORED");
+    /// Stores a value.
+    fn set(&mut self, Word(key): &Word, value: &[u8], Expiry(ttl): Expiry, flags: u32) -> Answer {
+        let numbers = format!(" {flags} {ttl} {}\r\n", value.len());
+        let stored = self.ask_line(&[b"set ", key, numbers.as_bytes(), value], |line| line == b"STORED");
         if matches!(&stored, Err(Failure::Refused(words)) if !words.starts_with(b"SERVER_ERROR")) {
             // A server that refuses the line may take the value for further commands, and answer those too.
             self.connection = None;
@@ -423,48 +398,51 @@ impl Client {
         stored
     }
 
-    fn delete(&mut self, Word(key): &Word) -> Result<Option<Vec<u8>>, Failure> {
-        self.line(&[b"delete ", key], |line| line == b"DELETED")
+    /// Deletes a key.
+    fn delete(&mut self, Word(key): &Word) -> Answer {
+        self.ask_line(&[b"delete ", key], |line| line == b"DELETED")
     }
 
-    fn touch(&mut self, Word(key): &Word, Expiry(ttl): Expiry) -> Result<Option<Vec<u8>>, Failure> {
-        self.line(&[b"touch ", key, format!(" {ttl}").as_bytes()], |line| {
-            line == b"TOUCHED"
-        })
+    /// Gives a key a new end.
+    fn touch(&mut self, Word(key): &Word, Expiry(ttl): Expiry) -> Answer {
+        let ttl = format!(" {ttl}");
+        self.ask_line(&[b"touch ", key, ttl.as_bytes()], |line| line == b"TOUCHED")
     }
 
     /// `incr` or `decr`: the new number.
-    fn count(&mut self, verb: &str, step: &Step) -> Result<Option<Vec<u8>>, Failure> {
-        let by = format!(" {}", step.by);
-        let request = [verb.as_bytes(), b" ", &step.key.0, by.as_bytes()];
-        self.line(&request, |line| !line.is_empty() && line.iter().all(u8::is_ascii_digit))
+    fn count(&mut self, verb: &str, Word(key): &Word, by: u64) -> Answer {
+        let by = format!(" {by}");
+        let is_number = |line: &[u8]| !line.is_empty() && line.iter().all(u8::is_ascii_digit);
+        self.ask_line(&[verb.as_bytes(), b" ", key, by.as_bytes()], is_number)
     }
 
-    fn flush(&mut self) -> Result<Option<Vec<u8>>, Failure> {
-        self.line(&[b"flush_all"], |line| line == b"OK")
+    /// Deletes everything.
+    fn flush(&mut self) -> Answer {
+        self.ask_line(&[b"flush_all"], |line| line == b"OK")
     }
 
-    fn version(&mut self) -> Result<Option<Vec<u8>>, Failure> {
-        let line = self.line(&[b"version"], |line| line.starts_with(b"VERSION "))?;
+    /// The server's version.
+    fn version(&mut self) -> Answer {
+        let line = self.ask_line(&[b"version"], |line| line.starts_with(b"VERSION "))?;
         Ok(line.map(|line| line[b"VERSION ".len()..].to_vec()))
     }
 
-    /// The lines that `stats` is answered by, each as the words STAT, a name and a value, where it has that form.
-    fn stats(&mut self, what: &[Word]) -> Result<Vec<Vec<u8>>, Failure> {
-        let mut request = b"stats".to_vec();
+    /// Names and values, with a blank between them.
+    fn stats(&mut self, what: &[Word]) -> Result<Vec<String>, Failure> {
+        let mut request: Vec<&[u8]> = vec![b"stats"];
         for Word(word) in what.iter().filter(|Word(word)| word != b"general") {
-            request.push(b' ');
-            request.extend_from_slice(word);
+            request.extend([b" ", word.as_slice()]);
         }
-        request.extend_from_slice(b"\r\n");
         self.ask(&request, |connection| {
-            let mut lines = vec![];
+            let mut rows = vec![];
             loop {
                 let line = connection.line()?;
-                match line.as_slice() {
-                    b"END" => return Ok(lines),
-                    b"OK" | b"RESET" if lines.is_empty() => return Ok(vec![line]),
-                    line if line.starts_with(b"STAT ") || line.starts_with(b"PREFIX ") => lines.push(line.to_vec()),
+                let text = String::from_utf8_lossy(&line);
+                match text.split_once(' ') {
+                    None if text == "END" => return Ok(rows),
+                    // What `stats` carries out instead of telling.
+                    None if rows.is_empty() && (text == "OK" || text == "RESET") => return Ok(vec![text.into()]),
+                    Some(("STAT" | "PREFIX", row)) => rows.push(row.to_owned()),
                     _ => return Err(Failure::Foreign(line)),
                 }
             }
@@ -481,94 +459,66 @@ struct Screen {
 
 impl Screen {
     /// Carries a command out and shows its result. False: a key was not found.
-    fn run(&self, command: Command, client: &mut Client) -> Result<bool, Failure> {
+    fn run(&self, command: &Command, client: &mut Client) -> Result<bool, Failure> {
         match command {
-            Command::Get { keys } => {
-                let found = client.get(&keys)?;
-                let raw = self.raw && keys.len() == 1;
-                for (key, value) in keys.iter().zip(&found) {
-                    match value {
-                        None => self.not_found(key, keys.len() > 1)?,
-                        Some(value) if raw => self.write(&[value])?,
-                        Some(value) => self.show(value)?,
-                    }
-                }
-                Ok(found.iter().all(Option::is_some))
-            }
+            Command::Get { keys } => self.each(keys, |key| client.get(key)),
             Command::Set { key, value, ttl, flags } => {
-                self.answer(client.set(&key, value.as_bytes(), ttl, flags)?, &key, false)
+                self.each([key], |key| client.set(key, value.as_bytes(), *ttl, *flags))
             }
-            Command::Delete { keys } => {
-                let mut all = true;
-                for key in &keys {
-                    all &= self.answer(client.delete(key)?, key, keys.len() > 1)?;
-                }
-                Ok(all)
-            }
-            Command::Stats { what } => self.table(&client.stats(&what)?),
-            Command::Incr(step) => self.answer(client.count("incr", &step)?, &step.key, false),
-            Command::Decr(step) => self.answer(client.count("decr", &step)?, &step.key, false),
-            Command::Touch { key, ttl } => self.answer(client.touch(&key, ttl)?, &key, false),
+            Command::Delete { keys } => self.each(keys, |key| client.delete(key)),
+            Command::Incr(step) => self.each([&step.key], |key| client.count("incr", key, step.by)),
+            Command::Decr(step) => self.each([&step.key], |key| client.count("decr", key, step.by)),
+            Command::Touch { key, ttl } => self.each([key], |key| client.touch(key, *ttl)),
             Command::Flush => self.show(&client.flush()?.unwrap_or_default()),
             Command::Version => self.show(&client.version()?.unwrap_or_default()),
+            Command::Stats { what } => self.table(&client.stats(what)?),
         }
     }
 
-    fn answer(&self, answer: Option<Vec<u8>>, key: &Word, one_of_several: bool) -> Result<bool, Failure> {
-        match answer {
-            Some(line) => self.show(&line),
-            None => self.not_found(key, one_of_several),
+    /// Asks for one key after the other and shows the answers.
+    fn each<'a>(
+        &self,
+        keys: impl IntoIterator<Item = &'a Word>,
+        mut ask: impl FnMut(&Word) -> Answer,
+    ) -> Result<bool, Failure> {
+        let mut all = true;
+        for key in keys {
+            all &= match ask(key)? {
+                Some(answer) => self.show(&answer)?,
+                None => self.not_found(key)?,
+            };
         }
+        Ok(all)
+    }
+
+    /// On a terminal the note stands where the value would; elsewhere it must not be taken for one.
+    fn not_found(&self, Word(key): &Word) -> Result<bool, Failure> {
+        if self.terminal {
+            self.show(b"(not found)")?;
+        } else {
+            complain(&format!("{} (not found)", String::from_utf8_lossy(&plain(key))));
+        }
+        Ok(false)
     }
 
     /// Shows statistics with their values below each other.
-    fn table(&self, lines: &[Vec<u8>]) -> Result<bool, Failure> {
-        let split = |line: &'_ [u8]| {
-            let row = line.strip_prefix(b"STAT ")?;
-            let end = row.iter().position(|byte| *byte == b' ')?;
-            Some((row[..end].to_vec(), row[end + 1..].to_vec()))
-        };
-        let width = lines
-            .iter()
-            .filter_map(|line| Some(split(line)?.0.len()))
-            .max()
-            .unwrap_or(0);
-        for line in lines {
-            match split(line) {
-                Some((name, value)) => {
-                    self.show(&[&name[..], &b" ".repeat(width + 2 - name.len()), &value].concat())?
-                }
-                None => self.show(line)?,
-            };
+    fn table(&self, rows: &[String]) -> Result<bool, Failure> {
+        let cells = rows.iter().map(|row| row.split_once(' ').unwrap_or((row, "")));
+        let width = cells.clone().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+        for (name, value) in cells {
+            self.show(format!("{name:width$}  {value}").trim_end().as_bytes())?;
         }
         Ok(true)
     }
 
-    /// On a terminal the note stands where the value would; elsewhere it must not be taken for one.
-    fn not_found(&self, Word(key): &Word, name_it: bool) -> Result<(), Failure> {
-        let mut note = "(not found)".to_owned();
-        if name_it {
-            let _ = write!(note, " {}", plain_or_quoted(key));
-        }
-        if self.terminal {
-            return self.write(&[note.as_bytes(), b"\n"]);
-        }
-        complain(&note);
-        Ok(())
-    }
-
     /// Shows a value or a line. A terminal obeys what it is shown, so it gets nothing but plain text.
-    fn show(&self, bytes: &[u8]) -> Result<(), Failure> {
-        if self.terminal {
-            return self.write(&[plain_or_quoted(bytes).as_bytes(), b"\n"]);
-        }
-        self.write(&[bytes, b"\n"])
-    }
-
-    fn write(&self, parts: &[&[u8]]) -> Result<(), Failure> {
+    fn show(&self, bytes: &[u8]) -> Result<bool, Failure> {
+        let shown = if self.terminal { plain(bytes) } else { bytes.into() };
+        let end: &[u8] = if self.raw { b"" } else { b"\n" };
         let mut out = io::stdout().lock();
-        let written = parts.iter().try_for_each(|part| out.write_all(part));
-        written.and_then(|()| out.flush()).map_err(Failure::Output)
+        let written = out.write_all(&shown).and_then(|()| out.write_all(end));
+        written.and_then(|()| out.flush()).map_err(Failure::Output)?;
+        Ok(true)
     }
 }
 
@@ -577,67 +527,50 @@ fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "memkv-cli: {}", text.trim_end());
 }
 
-/// A text as it is, anything else in quotes.
-fn plain_or_quoted(bytes: &[u8]) -> String {
-    let plain = |text: &&str| !text.contains(|c: char| c.is_control() && c != '\n' && c != '\t');
-    match std::str::from_utf8(bytes).ok().filter(plain) {
-        Some(text) => text.to_owned(),
-        None => quote(bytes),
+/// A text as it is; anything else in quotes and with escapes, as a line can say it.
+fn plain(bytes: &[u8]) -> Cow<'_, [u8]> {
+    let is_strange = |c: char| c.is_control() && c != '\n' && c != '\t';
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.contains(is_strange) => bytes.into(),
+        _ => format!("\"{}\"", bytes.escape_ascii()).into_bytes().into(),
     }
-}
-
-/// In quotes and with escapes, as a line can say it.
-fn quote(bytes: &[u8]) -> String {
-    let mut quoted = "\"".to_owned();
-    for byte in bytes {
-        match byte {
-            b'\n' => quoted.push_str("\\n"),
-            b'\r' => quoted.push_str("\\r"),
-            b'\t' => quoted.push_str("\\t"),
-            b'"' | b'\\' => quoted.extend(['\\', *byte as char]),
-            b' '..=b'~' => quoted.push(*byte as char),
-            _ => {
-                // Writing to a string does not fail.
-                let _ = write!(quoted, "\\x{byte:02x}");
-            }
-        }
-    }
-    quoted.push('"');
-    quoted
 }
 
 /// Takes the next word off a line: up to a blank, or in quotes.
 fn take_word(line: &mut &[u8]) -> Result<Option<Vec<u8>>, String> {
     *line = line.trim_ascii_start();
-    let Some(mut rest) = line.strip_prefix(b"\"") else {
+    let Some(quoted) = line.strip_prefix(b"\"") else {
         let end = line.iter().position(u8::is_ascii_whitespace).unwrap_or(line.len());
         let (word, rest) = line.split_at(end);
         *line = rest;
         return Ok((end > 0).then(|| word.to_vec()));
     };
     let mut word = vec![];
+    let mut bytes = quoted.iter().copied();
     loop {
-        let (byte, used) = match rest {
-            [] => return Err("a quote is opened and not closed".to_owned()),
-            [b'"', behind @ ..] if behind.first().is_none_or(u8::is_ascii_whitespace) => {
-                *line = behind;
-                return Ok(Some(word));
-            }
-            [b'"', ..] => return Err("a blank must follow the closing quote; inside quotes write \\\"".to_owned()),
-            [b'\\', b'n', ..] => (b'\n', 2),
-            [b'\\', b'r', ..] => (b'\r', 2),
-            [b'\\', b't', ..] => (b'\t', 2),
-            [b'\\', escaped @ (b'"' | b'\\'), ..] => (*escaped, 2),
-            [b'\\', b'x', high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {
-                let digit = |byte: u8| (byte as char).to_digit(16).unwrap_or(0) as u8;
-                (digit(*high) << 4 | digit(*low), 4)
-            }
-            [b'\\', ..] => return Err("an escape is one of \\n \\r \\t \\\" \\\\ \\xNN".to_owned()),
-            [byte, ..] => (*byte, 1),
-        };
-        word.push(byte);
-        rest = &rest[used..];
+        let byte = bytes.next().ok_or("a quote is opened and not closed")?;
+        word.push(match byte {
+            b'"' => break,
+            b'\\' => match bytes.next() {
+                Some(b'n') => b'\n',
+                Some(b'r') => b'\r',
+                Some(b't') => b'\t',
+                Some(escaped @ (b'"' | b'\'' | b'\\')) => escaped,
+                Some(b'x') => {
+                    let mut digit = || (bytes.next()? as char).to_digit(16);
+                    let (high, low) = digit().zip(digit()).ok_or("two hexadecimal digits follow \\x")?;
+                    (high << 4 | low) as u8
+                }
+                _ => return Err("an escape is one of \\n \\r \\t \\\" \\' \\\\ \\xNN".to_owned()),
+            },
+            byte => byte,
+        });
     }
+    *line = &quoted[quoted.len() - bytes.len()..];
+    if line.first().is_some_and(|next| !next.is_ascii_whitespace()) {
+        return Err("a blank must follow the closing quote; inside quotes write \\\"".to_owned());
+    }
+    Ok(Some(word))
 }
 
 /// Takes options off a line; the word behind them, if there is one.
@@ -669,65 +602,50 @@ fn split_line(line: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     }
     let key = take_options(&mut line, &mut words)?;
     line = line.trim_ascii_start();
-    let value = if line.starts_with(b"\"") {
-        let value = take_word(&mut line)?;
+    let mut value = (!line.is_empty()).then(|| line.to_vec());
+    if line.starts_with(b"\"") {
+        value = take_word(&mut line)?;
         if take_options(&mut line, &mut words)?.is_some() {
-            return Err("behind a value in quotes stand only options; inside quotes write \\\"".to_owned());
+            return Err("only options may follow a value in quotes; inside quotes write \\\"".to_owned());
         }
-        value
-    } else {
-        (!line.is_empty()).then(|| line.to_vec())
-    };
+    }
     // Whatever the value looks like, it is no option.
     words.push(b"--".to_vec());
     words.extend(key.into_iter().chain(value));
     Ok(words)
 }
 
-/// What became of a line.
-enum Next {
-    Continue,
-    Exit,
-}
-
-fn run_line(line: &[u8], client: &mut Client, screen: &Screen) -> Result<Next, Failure> {
+/// Runs a line. False: it asks to leave.
+fn run_line(line: &[u8], client: &mut Client, screen: &Screen) -> Result<bool, Failure> {
     let words = split_line(line).map_err(Failure::Unclear)?;
     if words.is_empty() {
-        return Ok(Next::Continue);
+        return Ok(true);
     }
     match Line::try_parse_from(words.into_iter().map(OsString::from_vec)) {
-        Ok(Line::Exit) => Ok(Next::Exit),
-        Ok(Line::Command(command)) => screen.run(command, client).map(|_| Next::Continue),
+        Ok(Line::Exit) => return Ok(false),
+        Ok(Line::Command(command)) => screen.run(&command, client)?,
         Err(error) if error.use_stderr() => {
             let text = error.to_string();
             let text = text.strip_prefix("error: ").unwrap_or(&text);
-            Err(Failure::Unclear(text.replace("'--help'", "'help'")))
+            return Err(Failure::Unclear(text.replace("'--help'", "'help'")));
         }
-        Err(help) => screen.write(&[help.to_string().as_bytes()]).map(|()| Next::Continue),
-    }
+        Err(help) => screen.show(help.to_string().trim_end().as_bytes())?,
+    };
+    Ok(true)
 }
 
 /// Runs the lines of standard input. False: one of them failed.
 fn run_pipe(client: &mut Client, screen: &Screen) -> Result<bool, Failure> {
+    let unreadable = |error| Failure::Unclear(format!("cannot read standard input: {error}"));
     let mut all = true;
-    let mut input = io::stdin().lock();
-    let mut line = vec![];
-    for number in 1.. {
-        line.clear();
-        let read = input.read_until(b'\n', &mut line);
-        if read.map_err(|error| Failure::Unclear(format!("cannot read standard input: {error}")))? == 0 {
-            break;
-        }
-        match run_line(&line, client, screen) {
-            Ok(Next::Continue) => {}
-            Ok(Next::Exit) => break,
+    for (number, line) in (1..).zip(io::stdin().lock().split(b'\n')) {
+        match run_line(&line.map_err(unreadable)?, client, screen) {
+            Ok(true) => {}
+            Ok(false) => break,
             // The lines that follow would fare no better.
             Err(failure @ (Failure::Unreachable(_) | Failure::Output(_))) => return Err(failure),
             Err(failure) => {
-                complain(&format!(
-                    "line {number}: {}",
-                    failure.describe(&client.server, client.timeout)
-                ));
+                complain(&format!("line {number}: {}", failure.describe(&client.server)));
                 all = false;
             }
         }
@@ -740,57 +658,62 @@ fn history_path() -> Option<PathBuf> {
     let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
     // The standard says that a relative path there does not count.
     let state = state.filter(|path| path.is_absolute());
-    let state = state.or_else(|| Some(std::env::home_dir()?.join(".local/state")))?;
-    let folder = state.join("memkv-cli");
+    let folder = state
+        .or_else(|| Some(std::env::home_dir()?.join(".local/state")))?
+        .join("memkv-cli");
     std::fs::create_dir_all(&folder).ok()?;
     Some(folder.join("history"))
 }
 
 /// Asks for lines until the user leaves.
 fn run_prompt(client: &mut Client, screen: &Screen) -> Result<bool, Failure> {
-    client.connect()?;
+    // Who types should learn at once that nobody is there.
+    client.connection = Some(client.take_connection()?);
     let unusable = |error: ReadlineError| Failure::Unclear(format!("the terminal cannot be used: {error}"));
-    let config = rustyline::Config::builder().max_history_size(HISTORY_LINES_MAX);
-    let config = config.map_err(unusable)?.auto_add_history(true).build();
+    let config = rustyline::Config::builder()
+        .max_history_size(HISTORY_LINES_MAX)
+        .map_err(unusable)?;
+    let config = config.auto_add_history(true).build();
     let mut editor = rustyline::Editor::<(), DefaultHistory>::with_config(config).map_err(unusable)?;
     // The prompt works as well without a history, so it does not matter why there is none.
     let history = history_path();
-    if let Some(path) = &history {
-        let _ = editor.load_history(path);
-    }
+    let _ = history.as_ref().map(|path| editor.load_history(path));
     let prompt = format!("{}> ", client.server);
     loop {
-        match editor.readline(&prompt) {
-            Ok(line) => {
-                if let Some(path) = &history {
-                    // At once, so that a terminal that is closed takes nothing along.
-                    let _ = editor.append_history(path);
-                }
-                match run_line(line.as_bytes(), client, screen) {
-                    Ok(Next::Continue) => {}
-                    Ok(Next::Exit) => return Ok(true),
-                    Err(failure @ Failure::Output(_)) => return Err(failure),
-                    Err(failure) => complain(&failure.describe(&client.server, client.timeout)),
-                }
-            }
-            // Ctrl-C: the line is dropped.
-            Err(ReadlineError::Interrupted) => {}
+        let line = match editor.readline(&prompt) {
+            Ok(line) => line,
+            // Ctrl-C drops the line, Ctrl-D leaves.
+            Err(ReadlineError::Interrupted) => continue,
             Err(ReadlineError::Eof) => return Ok(true),
             Err(error) => return Err(unusable(error)),
+        };
+        // At once, so that a terminal that is closed takes nothing along.
+        let _ = history.as_ref().map(|path| editor.append_history(path));
+        match run_line(line.as_bytes(), client, screen) {
+            Ok(true) => {}
+            Ok(false) => return Ok(true),
+            Err(failure @ Failure::Output(_)) => return Err(failure),
+            Err(failure) => complain(&failure.describe(&client.server)),
         }
     }
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let mut client = Client::new(arguments.server, arguments.timeout);
+    let mut client = Client {
+        server: arguments.server,
+        timeout: arguments.timeout,
+        connection: None,
+        was_connected: false,
+    };
     let terminal = io::stdout().is_terminal();
+    let one_value = matches!(&arguments.command, Some(Command::Get { keys }) if keys.len() == 1);
     let screen = Screen {
         terminal,
-        raw: !terminal && arguments.command.is_some(),
+        raw: one_value && !terminal,
     };
     let result = match arguments.command {
-        Some(command) => screen.run(command, &mut client),
+        Some(command) => screen.run(&command, &mut client),
         None if io::stdin().is_terminal() => run_prompt(&mut client, &screen),
         None => run_pipe(&mut client, &screen),
     };
@@ -798,9 +721,9 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         // Whoever read the output has seen enough.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
-            complain(&failure.describe(&client.server, client.timeout));
+            complain(&failure.describe(&client.server));
             ExitCode::FAILURE
         }
     }

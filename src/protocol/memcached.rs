@@ -35,6 +35,13 @@ pub enum State {
     Skip,
 }
 
+/// The version of memcached whose protocol this is: clients choose their commands by it.
+macro_rules! version {
+    () => {
+        "1.6.18"
+    };
+}
+
 const ERROR: &[u8] = b"ERROR\r\n";
 const BAD_FORMAT: &[u8] = b"CLIENT_ERROR bad command line format\r\n";
 const BAD_EXPTIME: &[u8] = b"CLIENT_ERROR invalid exptime argument\r\n";
@@ -543,7 +550,7 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
             };
             Decoded::Broadcast(Broadcast::Flush(at), Shape::code(kind::DONE | reply))
         }
-        (b"version", _) => Decoded::Answer(concat!("VERSION ", env!("CARGO_PKG_VERSION"), "\r\n").as_bytes()),
+        (b"version", _) => Decoded::Answer(concat!("VERSION ", version!(), "\r\n").as_bytes()),
         (b"quit", _) => Decoded::Close,
         (b"verbosity", 1..=2) => match parse_u64(field()) {
             // Accepted, for scripts that send it; the log's level is set at start.
@@ -712,7 +719,8 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
     stat(out, "pid", server.process.pid);
     stat(out, "uptime", uptime_ns / 1_000_000_000);
     stat(out, "time", server.now.seconds());
-    stat(out, "version", env!("CARGO_PKG_VERSION"));
+    stat(out, "version", version!());
+    stat(out, "memkv_version", env!("CARGO_PKG_VERSION"));
     stat(out, "pointer_size", usize::BITS);
     stat(out, "rusage_user", seconds(server.process.user_us));
     stat(out, "rusage_system", seconds(server.process.system_us));

@@ -33,6 +33,7 @@ mod tag {
     pub(super) const SEND: u64 = 3;
     pub(super) const CANCEL: u64 = 4;
     pub(super) const TICK: u64 = 5;
+    pub(super) const DOORBELL: u64 = 6;
 }
 
 const GENERATION_MASK: u32 = 0xff_ffff;
@@ -195,6 +196,9 @@ pub(super) struct Net {
     completed: Vec<cqueue::Entry>,
     tick: Box<types::Timespec>,
     tick_armed: bool,
+    /// An eventfd that others write to when this core must wake. It is never read: each write completes the poll.
+    doorbell: OwnedFd,
+    doorbell_armed: bool,
     accepting: bool,
     open: usize,
     closed: u32,
@@ -209,12 +213,10 @@ pub(super) struct Accepted {
 
 impl Net {
     /// A ring for this thread, which alone may use it.
-    pub(super) fn new(listeners: Vec<Listener>, doorbell: &OwnedFd) -> io::Result<Self> {
-        let mut ring = new_ring()?;
-        ring.submitter().register_eventfd(doorbell.as_raw_fd())?;
+    pub(super) fn new(listeners: Vec<Listener>, doorbell: OwnedFd) -> io::Result<Self> {
+        let ring = new_ring()?;
         // Saves looking the descriptor up in each enter; not essential.
         let _ = ring.submitter().register_ring_fd();
-        ring.completion().disable_eventfd();
         let buffers = BufferRing::new(&ring)?;
         Ok(Self {
             ring,
@@ -224,6 +226,8 @@ impl Net {
             completed: Vec::with_capacity(COMPLETIONS as usize),
             tick: Box::new(types::Timespec::from(TICK)),
             tick_armed: false,
+            doorbell,
+            doorbell_armed: false,
             accepting: true,
             open: 0,
             closed: 0,
@@ -244,6 +248,15 @@ impl Net {
 
     /// Submits what is queued and collects what completed, without waiting: one system call.
     pub(super) fn turn(&mut self) {
+        self.enter(0);
+    }
+
+    /// The same, and waits until something has completed: a byte, a connection, the doorbell, or the next tick.
+    pub(super) fn wait(&mut self) {
+        self.enter(1);
+    }
+
+    fn enter(&mut self, completions_min: u32) {
         self.arm();
         let queued = self.ring.submission().len() as u32;
         const GETEVENTS: u32 = 1;
@@ -252,7 +265,7 @@ impl Net {
         let _ = unsafe {
             self.ring
                 .submitter()
-                .enter::<libc::sigset_t>(queued, 0, GETEVENTS, None)
+                .enter::<libc::sigset_t>(queued, completions_min, GETEVENTS, None)
         };
         self.harvest();
     }
@@ -269,6 +282,14 @@ impl Net {
                 .flags(types::TimeoutFlags::MULTISHOT)
                 .build()
                 .user_data(tag::TICK);
+            self.submit(&entry);
+        }
+        if !self.doorbell_armed {
+            self.doorbell_armed = true;
+            let entry = opcode::PollAdd::new(types::Fd(self.doorbell.as_raw_fd()), libc::POLLIN as u32)
+                .multi(true)
+                .build()
+                .user_data(tag::DOORBELL);
             self.submit(&entry);
         }
     }
@@ -295,15 +316,6 @@ impl Net {
             && self.ring.completion().is_empty()
             && self.ring.submission().is_empty()
             && !self.ring.submission().taskrun()
-    }
-
-    /// From now on completions ring the doorbell; call [`Net::is_quiet`] before sleeping.
-    pub(super) fn ring_doorbell(&mut self, on: bool) {
-        if on {
-            self.ring.completion().enable_eventfd();
-        } else {
-            self.ring.completion().disable_eventfd();
-        }
     }
 
     /// Tells the engine what completed, and `accepted` of new sockets.
@@ -371,6 +383,7 @@ impl Net {
                     self.close_if_done(engine, number);
                 }
                 tag::TICK => self.tick_armed &= cqueue::more(flags),
+                tag::DOORBELL => self.doorbell_armed &= cqueue::more(flags),
                 _ => {}
             }
         }

@@ -1,16 +1,16 @@
 //! The loop of one core.
 //!
 //! A turn: submit and collect (one system call), take in what other cores sent, hand completions to the engine, send batches
-//! to other cores, queue sends. When a turn brought nothing the core polls for a while, if it may, and then sleeps on its
-//! doorbell through glommio, so that other tasks of the executor run.
+//! to other cores, queue sends. When a turn brought nothing the core polls for a while, if it may, and then sleeps in its
+//! network ring: one system call submits what is queued and waits for whatever comes first. The pump is the executor's only
+//! task; one that brings others (see decision 1) must let glommio's reactor share the sleep.
 
 use super::mesh::{Handoff, Mesh};
 use super::net::{self, Accepted, Net};
-use super::{Shared, host, stop_deadline};
+use super::{Shared, allocator, host, stop_deadline};
 use crate::engine::Engine;
 use crate::model::{CoreId, UnixMillis};
 use crate::protocol;
-use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
@@ -64,6 +64,27 @@ impl Spin {
     }
 }
 
+/// Gives memory back when a core becomes idle after it freed some.
+#[derive(Default)]
+struct Tidier {
+    released_bytes: u64,
+    not_before_ns: u64,
+}
+
+impl Tidier {
+    /// Less than this is not worth a look at the whole heap.
+    const RELEASED_BYTES_MIN: u64 = 1 << 20;
+    const PERIOD_NS: u64 = 1_000_000_000;
+
+    fn idle(&mut self, released_bytes: u64, now_ns: u64) {
+        if released_bytes - self.released_bytes >= Self::RELEASED_BYTES_MIN && now_ns >= self.not_before_ns {
+            self.released_bytes = released_bytes;
+            self.not_before_ns = now_ns + Self::PERIOD_NS;
+            allocator::give_back();
+        }
+    }
+}
+
 /// How often the process looks at its own CPU time and memory, for statistics.
 const PROCESS_FACTS_PERIOD_NS: u64 = 1_000_000_000;
 
@@ -76,15 +97,6 @@ pub(super) async fn run(
     clock: Clock,
     may_spin: bool,
 ) {
-    let doorbell = match mesh.me().doorbell() {
-        Ok(doorbell) => doorbell,
-        Err(error) => {
-            log::error!("core {} cannot wait for work: {error}", mesh.core().0);
-            return shared.stop();
-        }
-    };
-    // SAFETY: the descriptor is a fresh duplicate, owned by the file from here on.
-    let doorbell = unsafe { glommio::io::BufferedFile::from_raw_fd(doorbell.into_raw_fd()) };
     let max_ns = if may_spin {
         u64::from(engine.config().spin_us) * 1000
     } else {
@@ -92,6 +104,7 @@ pub(super) async fn run(
     };
     let mut spin = Spin { max_ns, now_ns: max_ns };
     let mut facts_at_ns = 0;
+    let mut tidier = Tidier::default();
     let mut stopping: Option<Stopping> = None;
     loop {
         net.turn();
@@ -139,13 +152,11 @@ pub(super) async fn run(
                 quiet = is_quiet(&mut net, &mesh, &mut engine);
             }
             if quiet {
+                tidier.idle(engine.released_bytes(), now_ns);
                 mesh.fall_asleep();
-                net.ring_doorbell(true);
                 if is_quiet(&mut net, &mesh, &mut engine) && stopping.is_none() {
-                    // An error here means a wake-up without a cause, which the next turn takes for what it is.
-                    let _ = doorbell.read_at(0, 8).await;
+                    net.wait();
                 }
-                net.ring_doorbell(false);
                 mesh.wake_up();
                 if clock.now_ns() - idle_since_ns < 2 * spin.max_ns {
                     spin.paid()
@@ -158,7 +169,6 @@ pub(super) async fn run(
             engine.metrics.counters.idle_ns += clock.now_ns() - idle_since_ns;
         }
     }
-    let _ = doorbell.close().await;
 }
 
 fn is_quiet(net: &mut Net, mesh: &Mesh, engine: &mut Engine) -> bool {
