@@ -91,6 +91,14 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("'{text}' is not a duration: write 0, 500ms, 30s, 5m or 1h"))
 }
 
+fn parse_receive_buffers(text: &str) -> Result<u16, String> {
+    let count = text
+        .parse::<u16>()
+        .ok()
+        .filter(|count| count.is_power_of_two() && *count <= 16384);
+    count.ok_or_else(|| "it must be a power of two, 1 to 16384".to_owned())
+}
+
 /// A thread-per-core, shared-nothing in-memory key-value server.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "memkv-tpc", version, about)]
@@ -187,6 +195,10 @@ pub struct Limits {
     /// A connection that takes none of its waiting replies for this long is closed. 0: never.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub write_timeout: Duration,
+
+    /// Buffers of 8 KiB that a core receives into; a power of two. When one turn needs more, receiving goes on in the next.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = parse_receive_buffers)]
+    pub receive_buffers: u16,
 
     /// Connections that the kernel holds until they are accepted, for each core and protocol. Further ones are dropped by
     /// the kernel and retried by their clients.

@@ -76,6 +76,7 @@ pub struct Engine {
     process: ProcessFacts,
     attention: Vec<u32>,
     buffers: Vec<Vec<u8>>,
+    buffers_released_bytes: u64,
     #[expect(clippy::vec_box, reason = "batches travel between cores as boxes")]
     batches: Vec<Box<Batch>>,
     arena: Bump,
@@ -128,6 +129,7 @@ impl Engine {
             process: ProcessFacts::default(),
             attention: vec![],
             buffers: vec![],
+            buffers_released_bytes: 0,
             batches: vec![],
             arena: Bump::new(),
             value_bytes_max: usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX),
@@ -209,9 +211,16 @@ impl Engine {
         }
     }
 
-    /// All bytes of items and values that were ever freed on this core.
+    /// All bytes of items, values and buffers that were ever freed on this core, about.
     pub fn released_bytes(&self) -> u64 {
-        self.budget.released()
+        self.budget.released() + self.buffers_released_bytes
+    }
+
+    /// Frees what is only kept for reuse: for an idle core.
+    pub fn free_spare_buffers(&mut self) {
+        self.buffers = vec![];
+        self.batches = vec![];
+        self.arena = Bump::new();
     }
 
     /// Facts about the process, for statistics.
@@ -401,10 +410,13 @@ impl Engine {
     }
 
     fn keep_buffer(&mut self, mut buffer: Vec<u8>) {
+        let capacity = buffer.capacity();
         if self.buffers.len() < BUFFERS_KEPT_MAX && buffer.capacity() <= BUFFER_KEPT_BYTES_MAX {
             buffer.clear();
             self.buffers.push(buffer);
         }
+        // Counted whether it is kept or not: an idle core frees those, too.
+        self.buffers_released_bytes += capacity as u64;
     }
 
     /// Goes on with a session that stood at its own limits, when it no longer does.

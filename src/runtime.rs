@@ -338,7 +338,7 @@ impl Core {
             None => Ok(None),
         };
         let doorbell = self.shared.peers[usize::from(self.id.0)].doorbell();
-        let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, doorbell));
+        let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, doorbell, config.limits.receive_buffers));
         let net = net.map_err(|error| StartError(format!("no network ring for core {}: {error}", self.id.0)));
         // The first sleep of an executor takes tens of milliseconds: get it over with before anybody waits.
         glommio::timer::sleep(Duration::from_millis(1)).await;

@@ -255,6 +255,53 @@ fn idle_connections_are_closed() {
     server.stop();
 }
 
+/// A client that asks and never reads is closed after the write time, others are served meanwhile, and its memory comes back.
+#[test]
+fn clients_that_do_not_read_are_closed() {
+    let mut config = config(2);
+    config.limits.write_timeout = Duration::from_millis(700);
+    let server = Server::start(config).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let mut other = connect(address);
+    let value = vec![b'v'; 500_000];
+    let request = [&b"set big 0 0 500000\r\n"[..], &value, b"\r\n"].concat();
+    assert_eq!(ask(&mut other, &request, 8), b"STORED\r\n");
+    let mut deaf = connect(address);
+    deaf.write_all(&b"get big\r\n".repeat(200)).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while stat(&mut other, "curr_connections") > 1 {
+        assert!(Instant::now() < deadline, "it is still open");
+        assert_eq!(ask(&mut other, b"mn\r\n", 4), b"MN\r\n");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(stat(&mut other, "idle_kicks"), 1);
+    server.stop();
+}
+
+/// Receives that find no buffer: nothing is lost.
+#[test]
+fn receives_without_a_buffer() {
+    let mut config = config(1);
+    config.limits.receive_buffers = 2;
+    let server = Server::start(config).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let mut clients: Vec<TcpStream> = (0..50).map(|_| connect(address)).collect();
+    let requests = b"get missing\r\n".repeat(5000);
+    for client in &mut clients {
+        client.write_all(&requests).unwrap();
+    }
+    for client in &mut clients {
+        let mut replies = vec![0; 5000 * 5];
+        client.read_exact(&mut replies).unwrap();
+        assert!(replies == b"END\r\n".repeat(5000));
+    }
+    assert!(
+        stat(&mut clients[0], "receive_buffers_exhausted") > 0,
+        "the case did not happen"
+    );
+    server.stop();
+}
+
 /// A client that closes its sending side still gets all its answers, then the end.
 #[test]
 fn half_closed_connections_are_answered() {
@@ -398,6 +445,36 @@ fn the_binary_and_its_exit_codes() {
         .status()
         .unwrap();
     assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+
+    // Out of descriptors: who is connected is served, and who waits is served when there is room again.
+    let mut limited = Command::new("sh");
+    limited.args([
+        "-c",
+        "ulimit -n 60; exec \"$0\" --cores 1 --memcached 127.0.0.1:0 --text off",
+    ]);
+    limited
+        .arg(env!("CARGO_BIN_EXE_memkv-tpc"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let mut child = limited.spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let listening = lines.next().unwrap().unwrap();
+    let address: SocketAddr = listening.strip_prefix("listening memcached ").unwrap().parse().unwrap();
+    let mut clients: Vec<TcpStream> = (0..80).map(|_| connect(address)).collect();
+    assert_eq!(ask(&mut clients[0], b"mn\r\n", 4), b"MN\r\n");
+    let mut waiting = clients.split_off(60);
+    drop(clients);
+    for client in &mut waiting {
+        assert_eq!(ask(client, b"mn\r\n", 4), b"MN\r\n");
+    }
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
     assert_eq!(child.wait().unwrap().code(), Some(0));
 
     let nonsense = run(&["--cores", "none"]).output().unwrap();

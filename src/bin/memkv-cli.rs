@@ -392,8 +392,10 @@ impl Client {
         let numbers = format!(" {flags} {ttl} {}\r\n", value.len());
         let stored = self.ask_line(&[b"set ", key, numbers.as_bytes(), value], |line| line == b"STORED");
         if matches!(&stored, Err(Failure::Refused(words)) if !words.starts_with(b"SERVER_ERROR")) {
-            // A server that refuses the line may take the value for further commands, and answer those too.
+            // A server that refuses the line may take the value for further commands, and answer those too. Nothing was
+            // lost, so the next connection needs no note.
             self.connection = None;
+            self.was_connected = false;
         }
         stored
     }

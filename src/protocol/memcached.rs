@@ -768,6 +768,7 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("requests_forwarded", c.forwarded),
         ("requests_bad", c.bad_requests),
         ("credit_waits", c.credit_waits),
+        ("receive_buffers_exhausted", c.receive_buffers_exhausted),
     ] {
         stat(out, name, value);
     }

@@ -142,7 +142,8 @@ pub(super) fn default_memory_limit() -> u64 {
     ];
     // A machine that does not say how much it has gets a limit that fits nearly all.
     let available = groups.into_iter().flatten().min().unwrap_or(1 << 30);
-    available / 4 * 3
+    // In whole megabytes, for people to read.
+    (available / 4 * 3) >> 20 << 20
 }
 
 /// A number that nobody can guess.

@@ -12,8 +12,6 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-/// Receive buffers per core; a power of two. A turn uses one for each piece it receives and gives all back at its end.
-const BUFFERS: u16 = 256;
 const BUFFER_BYTES: usize = 8192;
 const BUFFER_GROUP: u16 = 1;
 const SUBMISSIONS: u32 = 1024;
@@ -64,21 +62,21 @@ pub(super) fn signal_eventfd(eventfd: &OwnedFd) {
 
 /// Receive buffers that the kernel picks from (`IORING_REGISTER_PBUF_RING`).
 struct BufferRing {
-    /// BUFFERS entries shared with the kernel; mapped for the life of the ring.
+    /// `count` entries shared with the kernel; mapped for the life of the ring.
     entries: *mut types::BufRingEntry,
+    /// A power of two.
+    count: u16,
     memory: Box<[u8]>,
     tail: u16,
 }
 
-const ENTRIES_BYTES: usize = BUFFERS as usize * size_of::<types::BufRingEntry>();
-
 impl BufferRing {
-    fn new(ring: &IoUring) -> io::Result<Self> {
+    fn new(ring: &IoUring, count: u16) -> io::Result<Self> {
         // SAFETY: an anonymous private mapping at an address of the kernel's choice.
         let entries = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                ENTRIES_BYTES,
+                entries_bytes(count),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_POPULATE,
                 -1,
@@ -90,15 +88,16 @@ impl BufferRing {
         }
         let mut buffers = Self {
             entries: entries.cast(),
-            memory: vec![0; usize::from(BUFFERS) * BUFFER_BYTES].into_boxed_slice(),
+            count,
+            memory: vec![0; usize::from(count) * BUFFER_BYTES].into_boxed_slice(),
             tail: 0,
         };
-        // SAFETY: the mapping has room for BUFFERS entries and outlives the ring: `Net` drops the ring first.
+        // SAFETY: the mapping has room for `count` entries and outlives the ring: `Net` drops the ring first.
         unsafe {
             ring.submitter()
-                .register_buf_ring_with_flags(entries as u64, BUFFERS, BUFFER_GROUP, 0)?;
+                .register_buf_ring_with_flags(entries as u64, count, BUFFER_GROUP, 0)?;
         }
-        for id in 0..BUFFERS {
+        for id in 0..count {
             buffers.give(id);
         }
         buffers.publish();
@@ -113,9 +112,9 @@ impl BufferRing {
     /// Gives a buffer back; the kernel sees it after [`BufferRing::publish`].
     fn give(&mut self, id: u16) {
         let address = self.memory[usize::from(id) * BUFFER_BYTES..].as_ptr() as u64;
-        // SAFETY: the index is below BUFFERS, so the entry is inside the mapping, and the kernel does not read entries at or
+        // SAFETY: the index is below `count`, so the entry is inside the mapping, and the kernel does not read entries at or
         // behind the published tail. The kernel writes to the buffer only until it completes the receive that picked it.
-        let entry = unsafe { &mut *self.entries.add(usize::from(self.tail & (BUFFERS - 1))) };
+        let entry = unsafe { &mut *self.entries.add(usize::from(self.tail & (self.count - 1))) };
         entry.set_addr(address);
         entry.set_len(BUFFER_BYTES as u32);
         entry.set_bid(id);
@@ -130,10 +129,14 @@ impl BufferRing {
     }
 }
 
+fn entries_bytes(count: u16) -> usize {
+    usize::from(count) * size_of::<types::BufRingEntry>()
+}
+
 impl Drop for BufferRing {
     fn drop(&mut self) {
         // SAFETY: mapped by `new` with this size; the ring that used it is gone.
-        unsafe { libc::munmap(self.entries.cast(), ENTRIES_BYTES) };
+        unsafe { libc::munmap(self.entries.cast(), entries_bytes(self.count)) };
     }
 }
 
@@ -213,11 +216,11 @@ pub(super) struct Accepted {
 
 impl Net {
     /// A ring for this thread, which alone may use it.
-    pub(super) fn new(listeners: Vec<Listener>, doorbell: OwnedFd) -> io::Result<Self> {
+    pub(super) fn new(listeners: Vec<Listener>, doorbell: OwnedFd, receive_buffers: u16) -> io::Result<Self> {
         let ring = new_ring()?;
         // Saves looking the descriptor up in each enter; not essential.
         let _ = ring.submitter().register_ring_fd();
-        let buffers = BufferRing::new(&ring)?;
+        let buffers = BufferRing::new(&ring, receive_buffers)?;
         Ok(Self {
             ring,
             buffers,
@@ -577,7 +580,7 @@ pub(super) fn new_ring() -> io::Result<IoUring> {
 /// Tries all that [`Net`] needs of the kernel.
 pub(super) fn probe() -> io::Result<()> {
     let ring = new_ring()?;
-    let buffers = BufferRing::new(&ring)?;
+    let buffers = BufferRing::new(&ring, 1)?;
     drop(ring);
     drop(buffers);
     Ok(())

@@ -76,10 +76,12 @@ impl Tidier {
     const RELEASED_BYTES_MIN: u64 = 1 << 20;
     const PERIOD_NS: u64 = 1_000_000_000;
 
-    fn idle(&mut self, released_bytes: u64, now_ns: u64) {
+    fn idle(&mut self, engine: &mut Engine, now_ns: u64) {
+        let released_bytes = engine.released_bytes();
         if released_bytes - self.released_bytes >= Self::RELEASED_BYTES_MIN && now_ns >= self.not_before_ns {
             self.released_bytes = released_bytes;
             self.not_before_ns = now_ns + Self::PERIOD_NS;
+            engine.free_spare_buffers();
             allocator::give_back();
         }
     }
@@ -152,7 +154,7 @@ pub(super) async fn run(
                 quiet = is_quiet(&mut net, &mesh, &mut engine);
             }
             if quiet {
-                tidier.idle(engine.released_bytes(), now_ns);
+                tidier.idle(&mut engine, now_ns);
                 mesh.fall_asleep();
                 if is_quiet(&mut net, &mesh, &mut engine) && stopping.is_none() {
                     net.wait();
