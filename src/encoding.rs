@@ -388,17 +388,7 @@ pub fn read_command<'a>(reader: &mut Reader<'a>, large: Option<&'a Bytes>) -> Co
             }
         }
         PUT | PUT_GENERAL | PUT_LARGE | PUT_GENERAL_LARGE => {
-            let mut put = Put {
-                value: Value::Small(&[]),
-                flags: 0,
-                deadline: Deadline::Never,
-                combine: Combine::Replace,
-                condition: Condition::Always,
-                version: NewVersion::OnDemand,
-                accept_as_stale: false,
-                create: None,
-                key_encoded: false,
-            };
+            let mut put = Put::new(Value::Small(&[]));
             if matches!(kind, PUT_GENERAL | PUT_GENERAL_LARGE) {
                 let bits = reader.u8();
                 put.combine = match bits & 0xf {
@@ -484,15 +474,9 @@ mod tests {
         let large = Bytes::from(vec![7; 5000]);
         let at = Deadline::At(UnixMillis(123));
         let put = Put {
-            value: Value::Small(b"value"),
             flags: 7,
             deadline: at,
-            combine: Combine::Replace,
-            condition: Condition::Always,
-            version: NewVersion::OnDemand,
-            accept_as_stale: false,
-            create: None,
-            key_encoded: false,
+            ..Put::new(Value::Small(b"value"))
         };
         let mut ops = vec![
             Op::Get {

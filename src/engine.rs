@@ -13,7 +13,7 @@ use crate::link::{
     BROADCAST_COST_BYTES, Batch, CreditLimits, Direction, Link, ReplyRecord, Request, Return, cost_bytes,
 };
 use crate::metrics::{ConnectionFacts, Counters, Metrics, PrefixCounts, Report};
-use crate::model::{Broadcast, Class, Command, CoreId, Op, Reply, UnixMillis, Value};
+use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, ServerFacts, Shape, Step};
 use crate::session::{Blocked, Gather, Incoming, Session, Slot};
@@ -245,18 +245,8 @@ impl Engine {
         if self.table.core_of(shard) != self.core {
             return Loaded::NotMine;
         }
-        let large = (value.len() >= crate::model::LARGE_VALUE_BYTES).then(|| Bytes::copy_from_slice(value));
-        let put = crate::model::Put {
-            value: large.as_ref().map_or(Value::Small(value), Value::Large),
-            flags: 0,
-            deadline: crate::model::Deadline::Never,
-            combine: crate::model::Combine::Replace,
-            condition: crate::model::Condition::Always,
-            version: crate::model::NewVersion::OnDemand,
-            accept_as_stale: false,
-            create: None,
-            key_encoded: false,
-        };
+        let large = (value.len() >= LARGE_VALUE_BYTES).then(|| Bytes::copy_from_slice(value));
+        let put = Put::new(large.as_ref().map_or(Value::Small(value), Value::Large));
         let command = Command { key, op: Op::Put(put) };
         let mut context = Context {
             now: self.now,
@@ -577,7 +567,7 @@ impl Engine {
         if usize::from(local) < self.shards.len() {
             return None;
         }
-        Some(self.table.core_of(crate::model::ShardId(shard)).0)
+        Some(self.table.core_of(ShardId(shard)).0)
     }
 
     /// Takes credit for one request; `resumed`: the link whose queue the asking session has just left.

@@ -142,6 +142,24 @@ pub struct Put<'a> {
     pub key_encoded: bool,
 }
 
+impl<'a> Put<'a> {
+    /// Stores `value` for good, whatever was there.
+    #[inline]
+    pub fn new(value: Value<'a>) -> Self {
+        Self {
+            value,
+            flags: 0,
+            deadline: Deadline::Never,
+            combine: Combine::Replace,
+            condition: Condition::Always,
+            version: NewVersion::OnDemand,
+            accept_as_stale: false,
+            create: None,
+            key_encoded: false,
+        }
+    }
+}
+
 /// What happens to the item that a [`Delete`] hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Removal {

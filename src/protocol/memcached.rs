@@ -404,16 +404,12 @@ fn storage<'a>(
         Found::Not(step) => return step,
     };
     let put = Put {
-        value,
         // memcached keeps the low 32 bits.
         flags: flags as u32,
         deadline,
         combine,
         condition,
-        version: NewVersion::OnDemand,
-        accept_as_stale: false,
-        create: None,
-        key_encoded: false,
+        ..Put::new(value)
     };
     let command = Command { key, op: Op::Put(put) };
     at_line(

@@ -10,9 +10,7 @@
 
 use super::{Decoded, Decoder, Env, Line, Shape, Step, is_http, line, parse_u64, words};
 use crate::encoding::{Rope, push_decimal};
-use crate::model::{
-    Broadcast, Combine, Command, Condition, Deadline, LARGE_VALUE_BYTES, NewVersion, Op, Put, Reply, Value,
-};
+use crate::model::{Broadcast, Command, LARGE_VALUE_BYTES, Op, Put, Reply, Value};
 use bytes::Bytes;
 
 /// Where a connection stands.
@@ -109,17 +107,7 @@ fn stored<'a>(key: &'a [u8], value: Value<'a>, rest: &'a [u8]) -> Step<'a> {
     if !rest.starts_with(b"\r\n") {
         return skip(Decoded::Refused(INVALID), rest);
     }
-    let put = Put {
-        value,
-        flags: 0,
-        deadline: Deadline::Never,
-        combine: Combine::Replace,
-        condition: Condition::Always,
-        version: NewVersion::OnDemand,
-        accept_as_stale: false,
-        create: None,
-        key_encoded: false,
-    };
+    let put = Put::new(value);
     let command = Command { key, op: Op::Put(put) };
     at_line(Decoded::Command(command, Shape::code(0)), 2)
 }
