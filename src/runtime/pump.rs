@@ -64,23 +64,30 @@ impl Spin {
     }
 }
 
-/// Gives memory back when a core becomes idle after it freed some.
+/// Gives memory back when a core has nothing to do after it freed some. Not earlier: it looks at the whole heap.
 #[derive(Default)]
 struct Tidier {
     released_bytes: u64,
-    not_before_ns: u64,
+    requests: u64,
+    idle_since_ns: u64,
 }
 
 impl Tidier {
-    /// Less than this is not worth a look at the whole heap.
+    /// Less than this is not worth it.
     const RELEASED_BYTES_MIN: u64 = 1 << 20;
-    const PERIOD_NS: u64 = 1_000_000_000;
+    const IDLE_NS_MIN: u64 = 1_000_000_000;
 
     fn idle(&mut self, engine: &mut Engine, now_ns: u64) {
+        let counters = &engine.metrics.counters;
+        let requests = counters.requests + counters.served_for_others;
+        if requests != self.requests {
+            (self.requests, self.idle_since_ns) = (requests, now_ns);
+        }
         let released_bytes = engine.released_bytes();
-        if released_bytes - self.released_bytes >= Self::RELEASED_BYTES_MIN && now_ns >= self.not_before_ns {
+        if released_bytes - self.released_bytes >= Self::RELEASED_BYTES_MIN
+            && now_ns - self.idle_since_ns >= Self::IDLE_NS_MIN
+        {
             self.released_bytes = released_bytes;
-            self.not_before_ns = now_ns + Self::PERIOD_NS;
             engine.free_spare_buffers();
             allocator::give_back();
         }
