@@ -20,6 +20,7 @@ pub struct Pool {
 impl Pool {
     /// A pool of `limit` bytes.
     pub fn new(limit: u64) -> Arc<Self> {
+        let limit = limit.min(i64::MAX as u64);
         Arc::new(Self {
             free: AtomicI64::new(limit as i64),
             limit: AtomicU64::new(limit),
@@ -33,6 +34,8 @@ impl Pool {
 
     /// Changes the limit. Lowering it below what is in use makes new charges fail until enough was released.
     pub fn set_limit(&self, limit: u64) {
+        // More than this is as good as no limit, and the free bytes are counted with a sign.
+        let limit = limit.min(i64::MAX as u64);
         let before = self.limit.swap(limit, Ordering::Relaxed);
         self.free.fetch_add(limit as i64 - before as i64, Ordering::Relaxed);
     }
@@ -53,7 +56,6 @@ pub struct Budget {
     /// Taken from the pool and not charged.
     spare: u64,
     charged: u64,
-    released: u64,
 }
 
 impl Budget {
@@ -63,7 +65,6 @@ impl Budget {
             pool,
             spare: 0,
             charged: 0,
-            released: 0,
         }
     }
 
@@ -105,7 +106,6 @@ impl Budget {
         let bytes = bytes as u64;
         debug_assert!(bytes <= self.charged, "released more than was charged");
         self.charged -= bytes;
-        self.released += bytes;
         self.spare += bytes;
         if self.spare > 2 * PIECE_BYTES {
             self.give_back();
@@ -122,11 +122,6 @@ impl Budget {
     /// Bytes charged on this core.
     pub fn charged(&self) -> u64 {
         self.charged
-    }
-
-    /// All bytes that were ever released on this core.
-    pub fn released(&self) -> u64 {
-        self.released
     }
 
     /// The common pool.
@@ -158,6 +153,18 @@ mod tests {
         a.release(5_000_000);
         assert!(b.charge(4_000_000), "what one core releases, another can use");
         assert_eq!((a.charged(), b.charged()), (4_999_999, 4_000_000));
+    }
+
+    /// Absurd limits are no limit, not an overflow.
+    #[test]
+    fn absurd_limits() {
+        let pool = Pool::new(u64::MAX);
+        let mut budget = Budget::new(pool.clone());
+        assert!(budget.charge(1 << 30));
+        for limit in [1 << 63, u64::MAX, 1 << 20, u64::MAX] {
+            pool.set_limit(limit);
+        }
+        assert!(budget.charge(1 << 30));
     }
 
     #[test]

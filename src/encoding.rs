@@ -443,7 +443,7 @@ pub fn push_broadcast(out: &mut Vec<u8>, broadcast: Broadcast) {
             out.push(0);
             push_option(out, at, |out, at| push_u64(out, at.0));
         }
-        Broadcast::Metrics => out.push(1),
+        Broadcast::Metrics { latencies } => out.push(if latencies { 7 } else { 1 }),
         Broadcast::ResetMetrics => out.push(2),
         Broadcast::Connections => out.push(3),
         Broadcast::PrefixStats(on) => out.push(4 + u8::from(on)),
@@ -455,7 +455,7 @@ pub fn push_broadcast(out: &mut Vec<u8>, broadcast: Broadcast) {
 pub fn read_broadcast(reader: &mut Reader<'_>) -> Broadcast {
     match reader.u8() {
         0 => Broadcast::Flush(reader.option(|reader| UnixMillis(reader.u64()))),
-        1 => Broadcast::Metrics,
+        kind @ (1 | 7) => Broadcast::Metrics { latencies: kind == 7 },
         2 => Broadcast::ResetMetrics,
         3 => Broadcast::Connections,
         4 => Broadcast::PrefixStats(false),

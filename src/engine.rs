@@ -31,8 +31,8 @@ const BUFFERS_KEPT_MAX: usize = 256;
 const BUFFER_KEPT_BYTES_MAX: usize = 64 * 1024;
 /// Key prefixes that `stats detail` tells apart on one core; further ones are not counted.
 const PREFIXES_MAX: usize = 1000;
-/// Buckets looked at for expired items, per shard: at least this many for each millisecond that passed, and at most so many
-/// in one turn.
+/// Buckets of a shard looked at for expired items: this many for each millisecond that passed, and at most so many in one
+/// turn. The shards of a core take turns.
 const SWEEP_BUCKETS_PER_MS: u64 = 64;
 const SWEEP_BUCKETS_MAX: u64 = 4096;
 
@@ -76,7 +76,6 @@ pub struct Engine {
     process: ProcessFacts,
     attention: Vec<u32>,
     buffers: Vec<Vec<u8>>,
-    buffers_released_bytes: u64,
     #[expect(clippy::vec_box, reason = "batches travel between cores as boxes")]
     batches: Vec<Box<Batch>>,
     arena: Bump,
@@ -87,6 +86,10 @@ pub struct Engine {
     ticked_ms: u64,
     timeouts_checked_ms: u64,
     background: bool,
+    /// The shard that was swept last.
+    swept: usize,
+    /// Sessions that answers may let go on, to be looked at once per batch.
+    resumable: Vec<u32>,
     stop_asked: bool,
 }
 
@@ -129,7 +132,6 @@ impl Engine {
             process: ProcessFacts::default(),
             attention: vec![],
             buffers: vec![],
-            buffers_released_bytes: 0,
             batches: vec![],
             arena: Bump::new(),
             value_bytes_max: usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX),
@@ -140,6 +142,8 @@ impl Engine {
             ticked_ms: now.0,
             timeouts_checked_ms: now.0,
             background: false,
+            swept: 0,
+            resumable: vec![],
             stop_asked: false,
         }
     }
@@ -162,14 +166,15 @@ impl Engine {
         let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
         self.ticked_ms = self.now.0;
         let buckets = passed_ms.saturating_mul(SWEEP_BUCKETS_PER_MS).min(SWEEP_BUCKETS_MAX);
-        self.tick_shards(buckets as usize);
+        self.tick_shards();
+        self.sweep(buckets as usize);
         if self.now.0.saturating_sub(self.timeouts_checked_ms) >= 500 {
             self.timeouts_checked_ms = self.now.0;
             self.check_timeouts();
         }
     }
 
-    fn tick_shards(&mut self, buckets: usize) {
+    fn tick_shards(&mut self) {
         let mut context = Context {
             now: self.now,
             budget: &mut self.budget,
@@ -178,14 +183,31 @@ impl Engine {
         };
         self.background = false;
         for shard in &mut self.shards {
-            self.background |= shard.tick(&mut context, buckets);
+            self.background |= shard.tick(&mut context);
         }
+    }
+
+    /// Sweeps the next shard that has something due.
+    fn sweep(&mut self, buckets: usize) {
+        let count = self.shards.len();
+        let next = (1..=count).map(|step| (self.swept + step) % count);
+        let Some(next) = next.into_iter().find(|shard| self.shards[*shard].is_due(self.now)) else {
+            return;
+        };
+        self.swept = next;
+        let mut context = Context {
+            now: self.now,
+            budget: &mut self.budget,
+            counters: &mut self.metrics.counters,
+            value_bytes_max: self.value_bytes_max,
+        };
+        self.shards[next].sweep(&mut context, buckets);
     }
 
     /// There is work to do even if nothing happens: the runtime should come again soon instead of sleeping.
     pub fn has_background_work(&mut self) -> bool {
         if self.background {
-            self.tick_shards(0);
+            self.tick_shards();
         }
         self.background
     }
@@ -209,11 +231,6 @@ impl Engine {
                 self.fail(id as u32);
             }
         }
-    }
-
-    /// All bytes of items, values and buffers that were ever freed on this core, about.
-    pub fn released_bytes(&self) -> u64 {
-        self.budget.released() + self.buffers_released_bytes
     }
 
     /// Frees what is only kept for reuse: for an idle core.
@@ -338,6 +355,9 @@ impl Engine {
         self.metrics.counters.bytes_received += bytes.len() as u64;
         let Some(mut session) = self.take(id) else { return };
         session.last_received_ms = self.now.0;
+        if session.blocked == Blocked::No {
+            session.arrived_ns = self.now_ns;
+        }
         if session.closing || session.gone {
             self.sessions[id as usize] = Some(session);
             return;
@@ -400,28 +420,27 @@ impl Engine {
     }
 
     fn keep_buffer(&mut self, mut buffer: Vec<u8>) {
-        let capacity = buffer.capacity();
         if self.buffers.len() < BUFFERS_KEPT_MAX && buffer.capacity() <= BUFFER_KEPT_BYTES_MAX {
             buffer.clear();
             self.buffers.push(buffer);
         }
-        // Counted whether it is kept or not: an idle core frees those, too.
-        self.buffers_released_bytes += capacity as u64;
     }
 
-    /// Goes on with a session that stood at its own limits, when it no longer does.
+    /// Goes on with a session that stood at its own limits, when it is well below them again.
     #[inline]
     fn resume_own(&mut self, session: &mut Session, id: u32) {
-        if session.blocked == Blocked::Own && !session.gone && !self.at_own_limit(session) {
+        if session.blocked == Blocked::Own && !session.gone && self.is_below_own_limit(session) {
             session.blocked = Blocked::No;
             self.advance_input(session, id, None);
         }
     }
 
+    /// Half the limits: going on for each reply that leaves would take the input apart byte by byte.
     #[inline]
-    fn at_own_limit(&self, session: &Session) -> bool {
-        session.in_flight() >= self.config.limits.requests_in_flight_max as usize
-            || session.output_bytes() as u64 >= self.config.limits.output_bytes_max.0
+    fn is_below_own_limit(&self, session: &Session) -> bool {
+        session.in_flight() <= self.config.limits.requests_in_flight_max as usize / 2
+            && session.output_bytes() as u64 <= self.config.limits.output_bytes_max.0 / 2
+            && !session.is_gathering()
     }
 
     /// Decodes from the session's own input.
@@ -498,8 +517,12 @@ impl Engine {
         let mut go_on = true;
         let mut last: Option<Step<'a>> = None;
         let mut room = (self.config.limits.requests_in_flight_max as usize).saturating_sub(session.in_flight());
-        if session.output_bytes() as u64 >= self.config.limits.output_bytes_max.0 {
-            room = 0;
+        let output_bytes_max = self.config.limits.output_bytes_max.0;
+        match session.output_bytes() as u64 {
+            output if output >= output_bytes_max => room = 0,
+            // Replies are large: one at a time, so that the limit is overstepped by one at the most.
+            output if output >= output_bytes_max / 4 => room = room.min(1),
+            _ => {}
         }
         while at < input.len() && !planned.is_full() {
             if planned.len() >= room {
@@ -523,7 +546,7 @@ impl Engine {
             let link = self.link_of(shard);
             if let Some(link) = link {
                 if !self.take_credit(link, cost_bytes(&command, &shape), resumed) {
-                    self.block_on(session, id, link);
+                    self.block_on(session, id, link, resumed);
                     go_on = false;
                     break;
                 }
@@ -540,6 +563,7 @@ impl Engine {
                 link,
             });
             if step.swallow > 0 {
+                self.metrics.counters.too_large += 1;
                 session.swallow = step.swallow;
                 break;
             }
@@ -577,10 +601,11 @@ impl Engine {
     }
 
     #[cold]
-    fn block_on(&mut self, session: &mut Session, id: u32, link: u16) {
+    fn block_on(&mut self, session: &mut Session, id: u32, link: u16, resumed: Option<u16>) {
         self.metrics.counters.credit_waits += 1;
         session.blocked = Blocked::Credit(link);
-        self.links[usize::from(link)].wait(id);
+        // Who has just left the queue and does not fit yet keeps its place.
+        self.links[usize::from(link)].wait(id, resumed == Some(link));
     }
 
     /// Executes a request here, or sends it to its owner. Credit for that was taken.
@@ -590,7 +615,7 @@ impl Engine {
         let (shape, command) = (&request.shape, &request.command);
         if let Some(link) = request.link {
             let cost_bytes = cost_bytes(command, shape);
-            let number = session.expect_reply(class, self.now_ns, cost_bytes);
+            let number = session.expect_reply(class, cost_bytes);
             self.metrics.counters.forwarded += 1;
             let to = Return {
                 session: id,
@@ -601,12 +626,12 @@ impl Engine {
             return;
         }
         let shard = usize::from(request.shard - self.first_shard);
-        let (protocol, hash, now_ns) = (session.protocol, request.place.hash, self.now_ns);
+        let (protocol, hash, arrived_ns) = (session.protocol, request.place.hash, session.arrived_ns);
         if let Some(out) = session.direct() {
             self.execute(shard, hash, command, protocol, shape, Target::Output(out));
-            self.metrics.answered(class);
+            self.count_direct(class, arrived_ns);
         } else {
-            session.hold(class, now_ns, |out| {
+            session.hold(class, |out| {
                 self.execute(shard, hash, command, protocol, shape, Target::Output(out));
             });
         }
@@ -642,12 +667,23 @@ impl Engine {
 
     /// Writes an answer that needs no shard, in its turn.
     fn answer(&mut self, session: &mut Session, answer: &[u8]) {
+        let arrived_ns = session.arrived_ns;
         match session.direct() {
             Some(out) => {
                 out.push(answer);
-                self.metrics.answered(Class::Other);
+                self.count_direct(Class::Other, arrived_ns);
             }
-            None => session.hold(Class::Other, self.now_ns, |out| out.push(answer)),
+            None => session.hold(Class::Other, |out| out.push(answer)),
+        }
+    }
+
+    /// Counts a request that was answered at once; it may have waited for that since an earlier turn.
+    #[inline]
+    fn count_direct(&mut self, class: Class, arrived_ns: u64) {
+        if arrived_ns == self.now_ns {
+            self.metrics.answered(class);
+        } else {
+            self.metrics.answered_later(class, arrived_ns, false);
         }
     }
 
@@ -667,11 +703,20 @@ impl Engine {
             Decoded::Answer(answer) => self.answer(session, answer),
             Decoded::Refused(answer) => {
                 self.metrics.counters.bad_requests += 1;
+                self.metrics.counters.too_large += u64::from(step.swallow > 0);
                 self.answer(session, answer);
             }
             Decoded::Broadcast(broadcast, shape) => {
+                // One at a time: a report is large, and all cores work for it.
+                if session.is_gathering() {
+                    session.blocked = Blocked::Own;
+                    return (0, false);
+                }
                 if !self.broadcast(session, id, broadcast, &shape, resumed) {
                     return (0, false);
+                }
+                if session.output_bytes() > 0 || session.in_flight() > 0 {
+                    session.blocked = Blocked::Own;
                 }
             }
             Decoded::Settings => {
@@ -746,7 +791,7 @@ impl Engine {
                 let link = self.link_of(shard);
                 match link {
                     Some(link) if !self.take_credit(link, cost_bytes(&command, &shape), resumed) => {
-                        self.block_on(session, id, link);
+                        self.block_on(session, id, link, resumed);
                         true
                     }
                     _ => {
@@ -799,7 +844,7 @@ impl Engine {
                 for link in &others[..taken] {
                     self.links[usize::from(*link)].release_credit(cost_bytes);
                 }
-                self.block_on(session, id, *link);
+                self.block_on(session, id, *link, resumed);
                 return false;
             }
         }
@@ -813,7 +858,7 @@ impl Engine {
             report,
             missing: others.len() as u16,
         };
-        let number = session.expect_gathered(self.now_ns, cost_bytes, gather);
+        let number = session.expect_gathered(cost_bytes, gather);
         for link in others {
             self.metrics.counters.forwarded += 1;
             let to = Return {
@@ -865,9 +910,8 @@ impl Engine {
                 self.background = true;
                 Report::Done
             }
-            Broadcast::Metrics => {
-                let mut metrics = Metrics::default();
-                metrics.merge(&self.metrics);
+            Broadcast::Metrics { latencies } => {
+                let mut metrics = self.metrics.snapshot(latencies);
                 let counters = &mut metrics.counters;
                 self.shards.iter().for_each(|shard| shard.count(counters));
                 counters.connections = self.connections;
@@ -975,6 +1019,12 @@ impl Engine {
             at = next;
         }
         self.recycle(batch);
+        while let Some(id) = self.resumable.pop() {
+            if let Some(mut session) = self.take(id) {
+                self.resume_own(&mut session, id);
+                self.put_back(id, session);
+            }
+        }
         self.resume_waiters(from.0);
     }
 
@@ -1008,7 +1058,9 @@ impl Engine {
         if session.gone {
             session.output.filling.clear(0);
         }
-        self.resume_own(&mut session, id);
+        if session.blocked == Blocked::Own && self.resumable.last() != Some(&id) {
+            self.resumable.push(id);
+        }
         self.put_back(id, session);
     }
 
@@ -1021,7 +1073,11 @@ impl Engine {
             let Some(mut session) = self.take(id) else { continue };
             session.blocked = Blocked::No;
             self.advance_input(&mut session, id, Some(link));
+            let still_waits = session.blocked == Blocked::Credit(link);
             self.put_back(id, session);
+            if still_waits {
+                break;
+            }
         }
     }
 

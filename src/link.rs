@@ -107,9 +107,13 @@ impl Link {
         self.used_bytes -= u64::from(cost_bytes);
     }
 
-    /// A session waits for credit from now on.
-    pub(crate) fn wait(&mut self, session: u32) {
-        self.waiters.push_back(session);
+    /// A session waits for credit from now on, before all others if it is `first`.
+    pub(crate) fn wait(&mut self, session: u32, first: bool) {
+        if first {
+            self.waiters.push_front(session);
+        } else {
+            self.waiters.push_back(session);
+        }
     }
 
     /// A session does not wait any more.

@@ -4,11 +4,12 @@
 
 use clap::Parser;
 use memkv::config::Config;
-use memkv::runtime::Server;
+use memkv::runtime::{Server, Stopper};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,memkv=info"))
@@ -26,23 +27,29 @@ fn main() -> ExitCode {
 
 fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let server = Server::start(config)?;
-    announce(&server)?;
-    let stopper = server.stopper();
-    let handle = signals.handle();
+    let stopper: Arc<OnceLock<Stopper>> = Arc::default();
+    let served = stopper.clone();
     std::thread::spawn(move || {
         let mut asked = false;
         for _ in signals.forever() {
-            if std::mem::replace(&mut asked, true) {
+            match served.get() {
+                Some(stopper) if !asked => {
+                    log::info!("stopping: answering what was received");
+                    stopper.stop();
+                }
+                // While it starts there is nothing to answer.
+                None => std::process::exit(0),
                 // Asked twice: at once.
-                std::process::exit(1);
+                Some(_) => std::process::exit(1),
             }
-            log::info!("stopping: answering what was received");
-            stopper.stop();
+            asked = true;
         }
     });
+    let server = Server::start(config)?;
+    // Nobody else sets it.
+    let _ = stopper.set(server.stopper());
+    announce(&server)?;
     server.wait();
-    handle.close();
     Ok(())
 }
 

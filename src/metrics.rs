@@ -199,16 +199,46 @@ impl Metrics {
         }
     }
 
-    /// Sets everything to zero.
+    /// It carries histograms.
+    pub fn has_latencies(&self) -> bool {
+        !self.local.is_empty()
+    }
+
+    /// Counters only, all zero.
+    pub fn without_latencies() -> Self {
+        Self {
+            counters: Counters::default(),
+            local: vec![],
+            forwarded: vec![],
+            local_answered: [0; CLASSES],
+            later_answered: vec![],
+        }
+    }
+
+    /// A copy to give away: the counters, and the histograms, which are large, only when they are asked for.
+    pub fn snapshot(&self, latencies: bool) -> Self {
+        let mut copy = Self::without_latencies();
+        copy.counters = self.counters;
+        if latencies {
+            copy.local.clone_from(&self.local);
+            copy.forwarded.clone_from(&self.forwarded);
+        }
+        copy
+    }
+
+    /// Sets everything to zero, but the time that was spent idle: it belongs to the time since the start.
     pub fn reset(&mut self) {
-        self.counters = Counters::default();
+        self.counters = Counters {
+            idle_ns: self.counters.idle_ns,
+            ..Counters::default()
+        };
         self.local
             .iter_mut()
             .chain(&mut self.forwarded)
             .for_each(Histogram::reset);
     }
 
-    /// Adds another core's.
+    /// Adds another core's, or a snapshot of it.
     pub fn merge(&mut self, other: &Metrics) {
         self.counters.merge(&other.counters);
         let ours = self.local.iter_mut().chain(&mut self.forwarded);
@@ -226,6 +256,7 @@ impl Metrics {
     /// Appends everything: the counters, then each histogram in HDR's V2 encoding behind its length.
     pub fn push(&self, out: &mut Vec<u8>) {
         self.counters.push(out);
+        out.push(u8::from(!self.local.is_empty()));
         for histogram in self.local.iter().chain(&self.forwarded) {
             let at = out.len();
             out.extend_from_slice(&[0; 4]);
@@ -239,10 +270,12 @@ impl Metrics {
 
     /// Reads what [`Metrics::push`] wrote in this same process.
     pub fn read(reader: &mut Reader<'_>) -> Self {
-        let mut metrics = Self {
-            counters: Counters::read(reader),
-            ..Self::default()
+        let counters = Counters::read(reader);
+        let mut metrics = match reader.u8() {
+            0 => Self::without_latencies(),
+            _ => Self::default(),
         };
+        metrics.counters = counters;
         for histogram in metrics.local.iter_mut().chain(&mut metrics.forwarded) {
             let length = reader.u32() as usize;
             let mut encoded = reader.bytes(length);

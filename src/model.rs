@@ -297,8 +297,11 @@ pub struct Command<'a> {
 pub enum Broadcast {
     /// Empty the store, at once or when the moment comes.
     Flush(Option<UnixMillis>),
-    /// Collect counters and histograms.
-    Metrics,
+    /// Collect counters, and the histograms of latency when they are wanted.
+    Metrics {
+        /// They are.
+        latencies: bool,
+    },
     /// Set the counters to zero.
     ResetMetrics,
     /// List the connections.

@@ -79,8 +79,8 @@ pub enum Decoded<'a> {
     Answer(&'static [u8]),
     /// A refused request: the answer, counted as a bad request.
     Refused(&'static [u8]),
-    /// The used bytes announce a value of this many bytes, which is not all there. When it is, the decoder is asked again
-    /// through [`Decoder::with_value`].
+    /// The used bytes announce a value of this many bytes, which is to be collected into memory of its own. When it is whole,
+    /// the decoder is asked again through [`Decoder::with_value`].
     Value(usize),
     /// The answer needs the server's configuration.
     Settings,

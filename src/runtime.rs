@@ -122,7 +122,11 @@ impl Server {
             log::info!("--max-memory is {limit}: when it is used up, writes are refused; this server does not evict");
         }
         let table = Arc::new(range_table(&config, cores)?);
-        let (listeners, addresses) = bind(&config, cores)?;
+        let Bound {
+            listeners,
+            sockets,
+            addresses,
+        } = bind(&config, cores)?;
 
         let mut config = config;
         for (protocol, address) in &addresses {
@@ -170,7 +174,8 @@ impl Server {
             shared,
             threads,
         };
-        match boot.finish() {
+        let backlog = config.limits.backlog.min(i32::MAX as u32) as i32;
+        match boot.finish(|| sockets.iter().try_for_each(|socket| socket.listen(backlog))) {
             Ok(loaded) => {
                 server.loaded = loaded;
                 Ok(server)
@@ -266,7 +271,8 @@ impl Boot {
         }
     }
 
-    fn finish(self) -> Result<Option<LoadReport>, StartError> {
+    /// Waits for all cores, has the sockets listen, and lets the cores serve.
+    fn finish(self, listen: impl FnOnce() -> std::io::Result<()>) -> Result<Option<LoadReport>, StartError> {
         drop(self.ready_sender);
         let mut report: Option<LoadReport> = None;
         for _ in 0..self.cores {
@@ -280,6 +286,7 @@ impl Boot {
                 sum.duration = sum.duration.max(loaded.duration);
             }
         }
+        listen().map_err(|error| StartError(format!("cannot listen: {error}")))?;
         for go in &self.go {
             let _ = go.send(());
         }
@@ -395,13 +402,20 @@ fn range_table(config: &Config, cores: u16) -> Result<RangeTable, StartError> {
     }
 }
 
-type Bound = (Vec<Vec<net::Listener>>, Vec<(Protocol, SocketAddr)>);
+/// What was bound and does not listen yet.
+struct Bound {
+    /// For each core, one of each protocol.
+    listeners: Vec<Vec<net::Listener>>,
+    /// The same sockets once more, to begin listening on all of them at one place.
+    sockets: Vec<Socket>,
+    addresses: Vec<(Protocol, SocketAddr)>,
+}
 
-/// Binds every listener once per core, so that the kernel spreads connections over the cores.
+/// Binds every listener once per core, so that every core can accept.
 fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
     let text = config.text_listen().map_err(StartError)?;
     let mut listeners: Vec<Vec<net::Listener>> = (0..cores).map(|_| vec![]).collect();
-    let mut addresses = vec![];
+    let (mut addresses, mut sockets) = (vec![], vec![]);
     for (protocol, listen) in [(Protocol::Memcached, config.memcached), (Protocol::Text, text)] {
         let Listen::At(mut address) = listen else { continue };
         let failed = |address: SocketAddr, error: std::io::Error| {
@@ -416,13 +430,14 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
         };
         if address.port() != 0 {
             // With SO_REUSEPORT a second server of the same user would silently share the port: look without it first.
-            listener(address, false, 1).map_err(|error| failed(address, error))?;
+            listener(address, false).map_err(|error| failed(address, error))?;
         }
         for per_core in &mut listeners {
-            let socket = listener(address, true, config.limits.backlog).map_err(|error| failed(address, error))?;
+            let socket = listener(address, true).map_err(|error| failed(address, error))?;
             if let Some(bound) = socket.local_addr().ok().and_then(|bound| bound.as_socket()) {
                 address = bound;
             }
+            sockets.push(socket.try_clone().map_err(|error| failed(address, error))?);
             per_core.push(net::Listener::new(socket.into(), protocol));
         }
         addresses.push((protocol, address));
@@ -432,21 +447,23 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
             "every listener is off: there would be nothing to serve".to_owned(),
         ));
     }
-    Ok((listeners, addresses))
+    Ok(Bound {
+        listeners,
+        sockets,
+        addresses,
+    })
 }
 
-fn listener(address: SocketAddr, shared: bool, backlog: u32) -> std::io::Result<Socket> {
+fn listener(address: SocketAddr, shared: bool) -> std::io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     if shared {
         socket.set_reuse_port(true)?;
     }
-    // Accepted sockets inherit it.
+    // Accepted sockets inherit both. A peer that vanished without a word is found out by the kernel.
     socket.set_tcp_nodelay(true)?;
+    socket.set_keepalive(true)?;
     socket.bind(&address.into())?;
-    if shared {
-        socket.listen(backlog.min(i32::MAX as u32) as i32)?;
-    }
     Ok(socket)
 }
 

@@ -75,6 +75,8 @@ pub(crate) struct Session {
     pub(crate) incoming: Option<Incoming>,
     /// How many bytes of input are to be dropped unread.
     pub(crate) swallow: usize,
+    /// How many replies that several cores give together are under way.
+    gathering: u32,
     pub(crate) output: Output,
     replies: Replies,
     pub(crate) blocked: Blocked,
@@ -92,6 +94,8 @@ pub(crate) struct Session {
     pub(crate) socket_closed: bool,
     /// It stands in the engine's list of sessions to look after.
     pub(crate) listed: bool,
+    /// When what is being decoded arrived, in the engine's nanoseconds: while the session is blocked, the oldest of it.
+    pub(crate) arrived_ns: u64,
     /// The output waits until the replies before this number have come.
     send_after: Option<u32>,
     pub(crate) last_received_ms: u64,
@@ -108,6 +112,7 @@ impl Session {
             input: vec![],
             incoming: None,
             swallow: 0,
+            gathering: 0,
             output: Output::default(),
             replies: Replies::default(),
             blocked: Blocked::No,
@@ -118,6 +123,7 @@ impl Session {
             gone: false,
             socket_closed: false,
             listed: false,
+            arrived_ns: 0,
             send_after: None,
             last_received_ms: now_ms,
             last_sent_ms: now_ms,
@@ -163,10 +169,10 @@ impl Session {
     }
 
     /// Keeps a reply that is known now until those before it have come. `write` writes it.
-    pub(crate) fn hold(&mut self, class: Class, arrived_ns: u64, write: impl FnOnce(&mut Rope)) {
+    pub(crate) fn hold(&mut self, class: Class, write: impl FnOnce(&mut Rope)) {
         let state = self.replies.keep(write);
         self.replies.slots.push_back(Slot {
-            arrived_ns,
+            arrived_ns: self.arrived_ns,
             cost_bytes: 0,
             class,
             forwarded: false,
@@ -176,24 +182,25 @@ impl Session {
 
     /// Makes room for the reply of another core; its number is to be given to [`Session::fill`].
     #[inline]
-    pub(crate) fn expect_reply(&mut self, class: Class, arrived_ns: u64, cost_bytes: u32) -> u32 {
-        self.push_slot(class, arrived_ns, cost_bytes, SlotState::Waiting)
+    pub(crate) fn expect_reply(&mut self, class: Class, cost_bytes: u32) -> u32 {
+        self.push_slot(class, cost_bytes, SlotState::Waiting)
     }
 
     /// Makes room for a reply that several cores give together.
-    pub(crate) fn expect_gathered(&mut self, arrived_ns: u64, cost_bytes: u32, gather: Gather) -> u32 {
-        self.push_slot(
-            Class::Other,
-            arrived_ns,
-            cost_bytes,
-            SlotState::Gathering(Box::new(gather)),
-        )
+    pub(crate) fn expect_gathered(&mut self, cost_bytes: u32, gather: Gather) -> u32 {
+        self.gathering += 1;
+        self.push_slot(Class::Other, cost_bytes, SlotState::Gathering(Box::new(gather)))
     }
 
-    fn push_slot(&mut self, class: Class, arrived_ns: u64, cost_bytes: u32, state: SlotState) -> u32 {
+    /// A reply that several cores give together is under way.
+    pub(crate) fn is_gathering(&self) -> bool {
+        self.gathering > 0
+    }
+
+    fn push_slot(&mut self, class: Class, cost_bytes: u32, state: SlotState) -> u32 {
         let number = self.replies.first.wrapping_add(self.replies.slots.len() as u32);
         self.replies.slots.push_back(Slot {
-            arrived_ns,
+            arrived_ns: self.arrived_ns,
             cost_bytes,
             class,
             forwarded: true,
@@ -247,6 +254,7 @@ impl Session {
     pub(crate) fn fill_gathered(&mut self, number: u32, reply: Rope, left: impl FnMut(&Slot)) {
         let index = number.wrapping_sub(self.replies.first) as usize;
         self.replies.slots[index].state = SlotState::Whole(Box::new(reply));
+        self.gathering -= 1;
         self.drain(left);
     }
 
@@ -267,6 +275,13 @@ impl Session {
         }
         if replies.held_used == 0 {
             replies.held.clear();
+            // An idle connection keeps little.
+            if replies.held.capacity() > HELD_BYTES_SLACK {
+                replies.held = vec![];
+            }
+            if replies.slots.is_empty() && replies.slots.capacity() > SLOTS_KEPT_MAX {
+                replies.slots = VecDeque::new();
+            }
         }
     }
 }
@@ -288,6 +303,8 @@ const OUTPUT_BYTES_WORTH_SENDING: usize = 16 * 1024;
 
 /// `held` is compacted when it is longer than this and mostly unused.
 const HELD_BYTES_SLACK: usize = 64 * 1024;
+/// Room for this many replies is kept when none is missing.
+const SLOTS_KEPT_MAX: usize = 64;
 
 impl Replies {
     /// Writes a reply aside.
@@ -457,10 +474,10 @@ mod tests {
             if round % 3 == 0 {
                 match session.direct() {
                     Some(out) => out.push(&body),
-                    None => session.hold(Class::Get, 0, |out| out.push(&body)),
+                    None => session.hold(Class::Get, |out| out.push(&body)),
                 }
             } else {
-                numbers.push((session.expect_reply(Class::Get, 0, 0), body));
+                numbers.push((session.expect_reply(Class::Get, 0), body));
             }
             if round % 2 == 1 && numbers.len() > 3 {
                 // The newest first, so that nothing can leave; large values among them.

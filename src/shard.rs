@@ -79,15 +79,24 @@ impl Shard {
         }
     }
 
-    /// Work that time brings: a flush that is due, and a bounded piece of sweeping and of giving memory back. Returns true
-    /// when there is more to do soon.
-    pub(crate) fn tick(&mut self, context: &mut Context<'_>, buckets: usize) -> bool {
+    /// Work that time brings and that is quick: a flush that is due, and a piece of an emptied table's memory. Returns true
+    /// when there is more to give back.
+    pub(crate) fn tick(&mut self, context: &mut Context<'_>) -> bool {
         if self.flush_at.is_some_and(|at| at <= context.now) {
             self.flush_at = None;
             self.store.clear(context.budget);
         }
-        context.counters.expired += self.store.sweep(context.budget, context.now, buckets) as u64;
         self.store.free_emptied(context.budget, 1)
+    }
+
+    /// Some item's time may be over: [`Shard::sweep`] has something to look for.
+    pub(crate) fn is_due(&self, now: UnixMillis) -> bool {
+        self.store.is_due(now)
+    }
+
+    /// Removes items whose time is over from up to `buckets` buckets.
+    pub(crate) fn sweep(&mut self, context: &mut Context<'_>, buckets: usize) {
+        context.counters.expired += self.store.sweep(context.budget, context.now, buckets) as u64;
     }
 
     /// Executes one command. `hash` is the key's, as [`crate::partition::Place`] has it.
@@ -194,8 +203,7 @@ impl Shard {
         }
         if let Some(deadline) = effects.touch {
             context.counters.touch_hits += 1;
-            self.store
-                .amend(context.budget, position, |parts| parts.deadline = deadline);
+            self.store.touch(context.budget, position, deadline);
         }
         if version {
             self.give_version(position, context);
@@ -449,10 +457,7 @@ impl Shard {
             return Reply::NotFound;
         };
         context.counters.touch_hits += 1;
-        if !self
-            .store
-            .amend(context.budget, position, |parts| parts.deadline = deadline)
-        {
+        if !self.store.touch(context.budget, position, deadline) {
             return Reply::OutOfMemory;
         }
         self.store.mark_access(position, context.now.seconds());

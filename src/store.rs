@@ -29,7 +29,13 @@ pub(crate) struct Store {
     /// How many items have a deadline: without any, sweeping is skipped.
     with_deadline: usize,
     sweep_at: u64,
+    /// No item ends before this moment: until then there is nothing to sweep.
+    due: UnixMillis,
+    /// The same for what the round of sweeping under way has seen.
+    due_seen: UnixMillis,
 }
+
+const NEVER_DUE: UnixMillis = UnixMillis(u64::MAX);
 
 impl Store {
     /// An empty table.
@@ -46,6 +52,8 @@ impl Store {
             item_bytes: 0,
             with_deadline: 0,
             sweep_at: 0,
+            due: NEVER_DUE,
+            due_seen: NEVER_DUE,
         }
     }
 
@@ -133,6 +141,7 @@ impl Store {
             self.item_bytes = self.item_bytes + after - before;
         }
         self.with_deadline = self.with_deadline + usize::from(has_deadline) - usize::from(had_deadline);
+        self.note_deadline(parts.deadline);
         Ok(())
     }
 
@@ -152,7 +161,25 @@ impl Store {
         let position = inserted.ok_or(OutOfMemory)?;
         self.item_bytes += item_bytes;
         self.with_deadline += usize::from(parts.deadline != Deadline::Never);
+        self.note_deadline(parts.deadline);
         Ok(position)
+    }
+
+    #[inline]
+    fn note_deadline(&mut self, deadline: Deadline) {
+        if let Deadline::At(moment) = deadline {
+            self.due = self.due.min(moment);
+            self.due_seen = self.due_seen.min(moment);
+        }
+    }
+
+    /// Gives the item another deadline; false when the allocator has no memory for the field.
+    pub(crate) fn touch(&mut self, budget: &mut Budget, position: Position, deadline: Deadline) -> bool {
+        if self.index.item_mut(position).set_deadline(deadline) {
+            self.note_deadline(deadline);
+            return true;
+        }
+        self.amend(budget, position, |parts| parts.deadline = deadline)
     }
 
     #[inline]
@@ -179,13 +206,15 @@ impl Store {
         let had_deadline = old.deadline() != Deadline::Never;
         let mut parts = old.parts();
         change(&mut parts);
-        let (after, has_deadline) = (parts.charged_bytes(), parts.deadline != Deadline::Never);
+        let (after, deadline) = (parts.charged_bytes(), parts.deadline);
+        let has_deadline = deadline != Deadline::Never;
         let Some(item) = Item::new(&parts) else {
             return false;
         };
         drop(self.index.replace(position, item));
-        budget.charge_always(after);
-        budget.release(before);
+        budget.charge_always(after.saturating_sub(before));
+        budget.release(before.saturating_sub(after));
+        self.note_deadline(deadline);
         self.item_bytes = self.item_bytes + after - before;
         self.with_deadline = self.with_deadline + usize::from(has_deadline) - usize::from(had_deadline);
         true
@@ -224,6 +253,7 @@ impl Store {
             }
         }
         (self.item_bytes, self.with_deadline, self.sweep_at) = (0, 0, 0);
+        (self.due, self.due_seen) = (NEVER_DUE, NEVER_DUE);
     }
 
     /// Gives back the memory of up to `segments` segments of emptied tables; false when there was nothing to give back.
@@ -243,16 +273,32 @@ impl Store {
         any
     }
 
-    /// Looks at `buckets` buckets and removes the items whose time is over; returns how many those were. Bounded work per
-    /// call; calls go round the whole table.
+    /// Some item's time may be over.
+    pub(crate) fn is_due(&self, now: UnixMillis) -> bool {
+        self.with_deadline > 0 && self.due <= now
+    }
+
+    /// Looks at up to `buckets` buckets and removes the items whose time is over; returns how many those were. Calls go round
+    /// the table, and rest after a round until the earliest deadline it has seen.
     pub(crate) fn sweep(&mut self, budget: &mut Budget, now: UnixMillis, buckets: usize) -> usize {
         let mut removed = 0;
         for _ in 0..buckets {
-            if self.with_deadline == 0 {
+            if !self.is_due(now) {
                 break;
             }
-            let (next, over) = self.collect(self.sweep_at, |item| item.deadline().is_over(now));
-            self.sweep_at = next;
+            let mut due_seen = self.due_seen;
+            let (next, over) = self.collect(self.sweep_at, |item| {
+                let deadline = item.deadline();
+                let is_over = deadline.is_over(now);
+                if let (Deadline::At(moment), false) = (deadline, is_over) {
+                    due_seen = due_seen.min(moment);
+                }
+                is_over
+            });
+            (self.sweep_at, self.due_seen) = (next, due_seen);
+            if next == 0 {
+                (self.due, self.due_seen) = (self.due_seen, NEVER_DUE);
+            }
             for position in over.into_iter().flatten() {
                 self.remove(budget, position);
                 removed += 1;
@@ -261,7 +307,7 @@ impl Store {
         removed
     }
 
-    fn collect(&self, cursor: u64, want: impl Fn(ItemRef<'_>) -> bool) -> (u64, [Option<Position>; 7]) {
+    fn collect(&self, cursor: u64, mut want: impl FnMut(ItemRef<'_>) -> bool) -> (u64, [Option<Position>; 7]) {
         let (mut found, mut count) = ([None; 7], 0);
         let next = self.index.walk(cursor, |position, item| {
             if want(item) {
@@ -385,6 +431,7 @@ mod tests {
             set(&mut store, &mut budget, &parts(&key, b"v", deadline)).unwrap();
         }
         let mut removed = 0;
+        assert_eq!(store.sweep(&mut budget, UnixMillis(0), 1000), 0, "nothing is due yet");
         for _ in 0..1000 {
             let step = store.sweep(&mut budget, UnixMillis(4999), 16);
             assert!(step <= 16 * 7);
@@ -392,6 +439,10 @@ mod tests {
         }
         assert_eq!(removed, 3750);
         assert_eq!(store.len(), 6250);
+        assert!(
+            !store.is_due(UnixMillis(5000)) && store.is_due(UnixMillis(5001)),
+            "it rests until the next deadline"
+        );
         assert_eq!(store.with_deadline, 3750);
     }
 }

@@ -267,6 +267,7 @@ fn clients_that_do_not_read_are_closed() {
     let request = [&b"set big 0 0 500000\r\n"[..], &value, b"\r\n"].concat();
     assert_eq!(ask(&mut other, &request, 8), b"STORED\r\n");
     let mut deaf = connect(address);
+    assert_eq!(ask(&mut deaf, b"mn\r\n", 4), b"MN\r\n");
     deaf.write_all(&b"get big\r\n".repeat(200)).unwrap();
     let deadline = Instant::now() + Duration::from_secs(15);
     while stat(&mut other, "curr_connections") > 1 {
@@ -275,6 +276,50 @@ fn clients_that_do_not_read_are_closed() {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(stat(&mut other, "idle_kicks"), 1);
+    server.stop();
+}
+
+/// A client that reads slowly, but reads, is not closed by the write time, however much it asked for.
+#[test]
+fn slow_readers_are_not_closed() {
+    let mut config = config(1);
+    config.limits.write_timeout = Duration::from_millis(600);
+    config.limits.item_size_max = "32m".parse().unwrap();
+    let server = Server::start(config).unwrap();
+    let mut client = connect(server.address(Protocol::Memcached).unwrap());
+    let value = vec![b'v'; 20 << 20];
+    let header = format!("set big 0 0 {}\r\n", value.len());
+    assert_eq!(
+        ask(&mut client, &[header.as_bytes(), &value, b"\r\n"].concat(), 8),
+        b"STORED\r\n"
+    );
+    client.write_all(b"get big\r\n").unwrap();
+    let expected = value.len() + format!("VALUE big 0 {}\r\n\r\nEND\r\n", value.len()).len();
+    let (mut read, mut room) = (0, vec![0; 1 << 18]);
+    while read < expected {
+        let bytes = client.read(&mut room).unwrap();
+        assert!(bytes > 0, "closed after {read} of {expected} bytes");
+        read += bytes;
+        std::thread::sleep(Duration::from_millis(15));
+    }
+    server.stop();
+}
+
+/// A pipeline of requests for statistics, which all cores work for, does not keep others waiting for the whole of it.
+#[test]
+fn statistics_do_not_starve_others() {
+    let server = Server::start(config(2)).unwrap();
+    let address = server.address(Protocol::Memcached).unwrap();
+    let (mut greedy, mut other) = (connect(address), connect(address));
+    assert_eq!(ask(&mut other, b"mn\r\n", 4), b"MN\r\n");
+    greedy.write_all(&b"stats latency\r\n".repeat(1000)).unwrap();
+    greedy.write_all(b"quit\r\n").unwrap();
+    for _ in 0..20 {
+        assert_eq!(ask(&mut other, b"get a b c d e\r\n", 5), b"END\r\n");
+    }
+    let mut replies = String::new();
+    greedy.read_to_string(&mut replies).unwrap();
+    assert_eq!(replies.matches("END\r\n").count(), 1000);
     server.stop();
 }
 

@@ -318,11 +318,12 @@ impl<'a> Source<'a> {
     /// The value of `bytes` bytes that a line of `header` bytes announced.
     fn find(self, bytes: usize, header: usize, quiet: bool) -> Found<'a> {
         match self {
+            // A value that is kept by reference gets its own memory now, also when it is all there.
+            Source::Input(_) if bytes >= LARGE_VALUE_BYTES => Found::Not(at_line(Decoded::Value(bytes), header)),
             Source::Input(rest) => match rest.get(..bytes + 2) {
                 Some(data) if data.ends_with(b"\r\n") => Found::Whole(Value::Small(&data[..bytes]), bytes + 2),
                 Some(_) => Found::Bad(bytes + 2),
-                None if bytes < LARGE_VALUE_BYTES || rest.len() >= bytes => Found::Not(at_line(Decoded::Incomplete, 0)),
-                None => Found::Not(at_line(Decoded::Value(bytes), header)),
+                None => Found::Not(at_line(Decoded::Incomplete, 0)),
             },
             Source::Collected(value, rest) => match rest.get(..2) {
                 Some(b"\r\n") => Found::Whole(Value::Large(value), 2),
@@ -572,13 +573,14 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
 }
 
 fn stats(what: &[u8], argument: &[u8], second: &[u8]) -> Decoded<'static> {
+    const METRICS: Broadcast = Broadcast::Metrics { latencies: false };
     let collect = |broadcast, code| Decoded::Broadcast(broadcast, Shape::code(code));
     match (what, argument) {
-        (b"", _) => collect(Broadcast::Metrics, kind::STATS),
+        (b"", _) => collect(METRICS, kind::STATS),
         (b"settings", _) => Decoded::Settings,
-        (b"items", _) => collect(Broadcast::Metrics, kind::STATS_ITEMS),
-        (b"latency", _) => collect(Broadcast::Metrics, kind::STATS_LATENCY),
-        (b"cores", _) => collect(Broadcast::Metrics, kind::STATS_CORES),
+        (b"items", _) => collect(METRICS, kind::STATS_ITEMS),
+        (b"latency", _) => collect(Broadcast::Metrics { latencies: true }, kind::STATS_LATENCY),
+        (b"cores", _) => collect(METRICS, kind::STATS_CORES),
         (b"conns", _) => collect(Broadcast::Connections, kind::STATS_CONNECTIONS),
         (b"reset", _) => collect(Broadcast::ResetMetrics, kind::RESET),
         (b"detail", b"on") => collect(Broadcast::PrefixStats(true), kind::DONE),
@@ -702,7 +704,12 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
 }
 
 fn sum(cores: &[(CoreId, Metrics)]) -> Metrics {
-    let mut sum = Metrics::default();
+    let latencies = cores.iter().all(|(_, metrics)| metrics.has_latencies());
+    let mut sum = if latencies {
+        Metrics::default()
+    } else {
+        Metrics::without_latencies()
+    };
     cores.iter().for_each(|(_, metrics)| sum.merge(metrics));
     sum
 }

@@ -82,12 +82,12 @@ fn set<'a>(key: &'a [u8], bytes: usize, header: usize, rest: &'a [u8], env: &Env
             ..at_line(Decoded::Refused(answer), header)
         };
     }
+    if bytes >= LARGE_VALUE_BYTES {
+        return at_line(Decoded::Value(bytes), header);
+    }
     if rest.len() < bytes + 2 {
-        if bytes < LARGE_VALUE_BYTES && rest.len() < bytes {
-            return at_line(Decoded::Incomplete, 0);
-        }
         if rest.len() < bytes {
-            return at_line(Decoded::Value(bytes), header);
+            return at_line(Decoded::Incomplete, 0);
         }
         // The value is there and its end is not, or not wholly: what is there of it may already be wrong.
         if rest[bytes..].first().is_none_or(|byte| *byte == b'\r') {

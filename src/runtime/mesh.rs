@@ -63,7 +63,7 @@ pub(super) struct Handoff {
     pub(super) protocol: Protocol,
 }
 
-/// One end of a queue of batches, with the flag by which a sender that found it full asks to be woken.
+/// The ends of a queue of batches. `wants_room`: the sender found it full and asks to be woken when it is not.
 struct Sender {
     queue: Producer<Box<Batch>>,
     wants_room: Arc<AtomicBool>,
@@ -147,9 +147,8 @@ pub(super) fn build(peers: &Arc<Vec<Peer>>) -> Vec<Mesh> {
 }
 
 impl Mesh {
-    /// Gives the engine all that other cores sent, and `adopt` the sockets. True when there was anything.
-    pub(super) fn receive(&mut self, engine: &mut Engine, mut adopt: impl FnMut(&mut Engine, Handoff)) -> bool {
-        let mut any = false;
+    /// Gives the engine all that other cores sent, and `adopt` the sockets.
+    pub(super) fn receive(&mut self, engine: &mut Engine, mut adopt: impl FnMut(&mut Engine, Handoff)) {
         for (core, port) in self.ports.iter_mut().enumerate() {
             let Some(port) = port else { continue };
             let peer = &self.peers[core];
@@ -157,19 +156,15 @@ impl Mesh {
             while let Ok(batch) = port.requests_in.queue.pop() {
                 engine.requests(core, batch);
                 port.requests_in.tell_room(peer);
-                any = true;
             }
             while let Ok(batch) = port.replies_in.queue.pop() {
                 engine.replies(core, batch);
                 port.replies_in.tell_room(peer);
-                any = true;
             }
             while let Ok(handoff) = port.sockets_in.pop() {
                 adopt(engine, handoff);
-                any = true;
             }
         }
-        any
     }
 
     /// Sends what the engine has for other cores, as far as there is room.

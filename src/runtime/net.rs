@@ -22,6 +22,8 @@ const PIECES_MAX: usize = 64;
 const TICK: Duration = Duration::from_millis(100);
 /// How long accepting rests after the process ran out of descriptors or memory for one.
 const ACCEPT_REST_NS: u64 = 100_000_000;
+/// How often that is logged.
+const WARNING_PERIOD_NS: u64 = 10_000_000_000;
 
 /// What an operation was for: the low byte of its user data. The next three bytes are a connection's generation, the upper
 /// half is its number, or a listener's.
@@ -171,11 +173,10 @@ impl Connection {
 pub(super) struct Listener {
     pub(super) socket: Option<OwnedFd>,
     pub(super) protocol: Protocol,
-    /// Connections are spread over all cores instead of staying with the core that accepted them.
-    pub(super) spread: bool,
     armed: bool,
     /// When accepting may be tried again after an error.
     rest_until_ns: u64,
+    warned_ns: Option<u64>,
 }
 
 impl Listener {
@@ -183,9 +184,9 @@ impl Listener {
         Self {
             socket: Some(socket),
             protocol,
-            spread: true,
             armed: false,
             rest_until_ns: 0,
+            warned_ns: None,
         }
     }
 }
@@ -211,7 +212,6 @@ pub(super) struct Net {
 pub(super) struct Accepted {
     pub(super) socket: OwnedFd,
     pub(super) protocol: Protocol,
-    pub(super) spread: bool,
 }
 
 impl Net {
@@ -313,6 +313,11 @@ impl Net {
         }
     }
 
+    /// Something has completed and was not dispatched.
+    pub(super) fn has_completed(&self) -> bool {
+        !self.completed.is_empty()
+    }
+
     /// Nothing has completed, and nothing is waiting to be collected or submitted.
     pub(super) fn is_quiet(&mut self) -> bool {
         self.completed.is_empty()
@@ -338,24 +343,20 @@ impl Net {
                 tag::ACCEPT => {
                     let listener = &mut self.listeners[number as usize];
                     listener.armed &= cqueue::more(flags);
-                    let (protocol, spread) = (listener.protocol, listener.spread);
+                    let protocol = listener.protocol;
                     if result >= 0 {
                         // SAFETY: a fresh descriptor from the kernel, owned by nobody else.
                         let socket = unsafe { OwnedFd::from_raw_fd(result) };
-                        accepted(
-                            engine,
-                            self,
-                            Accepted {
-                                socket,
-                                protocol,
-                                spread,
-                            },
-                        );
+                        accepted(engine, self, Accepted { socket, protocol });
                     } else if self.accepting {
                         let listener = &mut self.listeners[number as usize];
                         let error = io::Error::from_raw_os_error(-result);
                         if matches!(-result, libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) {
-                            if listener.rest_until_ns + 10_000_000_000 < now_ns {
+                            if listener
+                                .warned_ns
+                                .is_none_or(|warned| now_ns - warned > WARNING_PERIOD_NS)
+                            {
+                                listener.warned_ns = Some(now_ns);
                                 log::warn!(
                                     "accepting {} connections rests: {error}; raise the limit of open files or lower --connections-max",
                                     protocol.name()
@@ -393,7 +394,10 @@ impl Net {
         if gave_back {
             self.buffers.publish();
         }
-        self.completed = completed;
+        // What a handler's submissions collected meanwhile, if anything, is for the next turn.
+        if self.completed.is_empty() {
+            self.completed = completed;
+        }
     }
 
     fn is_current(&self, number: u32, generation: u32) -> bool {
@@ -471,7 +475,8 @@ impl Net {
 
     fn send(&mut self, engine: &mut Engine, number: u32) {
         let connection = &mut self.connections[number as usize];
-        let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+        // A short send completes, so that a slow client is seen to take something.
+        let flags = libc::MSG_NOSIGNAL;
         let data = user_data(tag::SEND, connection.generation, number);
         let fd = connection.fd();
         let mut pieces = engine.unsent(number);

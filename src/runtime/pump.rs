@@ -15,27 +15,34 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
-/// The monotonic clock, and the wall clock as it was when the server started plus what has passed since.
+/// The monotonic clock, and the wall clock as it was when last asked plus what has passed since.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clock {
     began: Instant,
     began_wall: UnixMillis,
 }
 
+fn wall_ms() -> u64 {
+    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    wall.unwrap_or_default().as_millis() as u64
+}
+
 impl Clock {
     pub(super) fn start() -> Self {
-        let wall = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
         Self {
             began: Instant::now(),
-            began_wall: UnixMillis(wall.as_millis() as u64),
+            began_wall: UnixMillis(wall_ms()),
         }
     }
 
     /// Nanoseconds since the start, never 0.
     fn now_ns(&self) -> u64 {
         self.began.elapsed().as_nanos() as u64 + 1
+    }
+
+    /// Asks the wall clock again: it may have been set, or the machine may have slept.
+    fn follow_wall(&mut self) {
+        self.began_wall = UnixMillis(wall_ms().saturating_sub(self.now_ns() / 1_000_000));
     }
 
     fn wall_at(&self, now_ns: u64) -> UnixMillis {
@@ -64,30 +71,29 @@ impl Spin {
     }
 }
 
-/// Gives memory back when a core has nothing to do after it freed some. Not earlier: it looks at the whole heap.
+/// Gives memory back when a core has nothing to do after it had. Not earlier: it looks at the whole heap.
 #[derive(Default)]
 struct Tidier {
-    released_bytes: u64,
-    requests: u64,
+    /// Bytes received and sent when memory was last given back, and at the last look.
+    tidied_bytes: u64,
+    seen_bytes: u64,
     idle_since_ns: u64,
 }
 
 impl Tidier {
-    /// Less than this is not worth it.
-    const RELEASED_BYTES_MIN: u64 = 1 << 20;
+    /// Traffic of less than this leaves nothing worth looking for.
+    const TRAFFIC_BYTES_MIN: u64 = 1 << 20;
     const IDLE_NS_MIN: u64 = 1_000_000_000;
 
     fn idle(&mut self, engine: &mut Engine, now_ns: u64) {
         let counters = &engine.metrics.counters;
-        let requests = counters.requests + counters.served_for_others;
-        if requests != self.requests {
-            (self.requests, self.idle_since_ns) = (requests, now_ns);
+        let bytes = counters.bytes_received + counters.bytes_sent + counters.served_for_others;
+        if bytes != self.seen_bytes {
+            (self.seen_bytes, self.idle_since_ns) = (bytes, now_ns);
         }
-        let released_bytes = engine.released_bytes();
-        if released_bytes - self.released_bytes >= Self::RELEASED_BYTES_MIN
-            && now_ns - self.idle_since_ns >= Self::IDLE_NS_MIN
-        {
-            self.released_bytes = released_bytes;
+        let had_traffic = bytes.wrapping_sub(self.tidied_bytes) >= Self::TRAFFIC_BYTES_MIN;
+        if had_traffic && now_ns - self.idle_since_ns >= Self::IDLE_NS_MIN {
+            self.tidied_bytes = bytes;
             engine.free_spare_buffers();
             allocator::give_back();
         }
@@ -103,7 +109,7 @@ pub(super) async fn run(
     mut net: Net,
     mut mesh: Mesh,
     shared: Arc<Shared>,
-    clock: Clock,
+    mut clock: Clock,
     may_spin: bool,
 ) {
     let max_ns = if may_spin {
@@ -116,7 +122,10 @@ pub(super) async fn run(
     let mut tidier = Tidier::default();
     let mut stopping: Option<Stopping> = None;
     loop {
-        net.turn();
+        // What a wait has brought is served first; it has submitted all there was, too.
+        if !net.has_completed() {
+            net.turn();
+        }
         let now_ns = clock.now_ns();
         engine.begin_turn(now_ns, clock.wall_at(now_ns));
         net.arm_listeners(now_ns);
@@ -149,6 +158,7 @@ pub(super) async fn run(
         }
         if now_ns >= facts_at_ns {
             facts_at_ns = now_ns + PROCESS_FACTS_PERIOD_NS;
+            clock.follow_wall();
             engine.set_process_facts(host::process_facts());
         }
         glommio::yield_if_needed().await;
@@ -156,7 +166,7 @@ pub(super) async fn run(
         if is_quiet(&mut net, &mesh, &mut engine) {
             let idle_since_ns = clock.now_ns();
             let mut quiet = true;
-            while quiet && clock.now_ns() - idle_since_ns < spin.now_ns {
+            while quiet && spin.now_ns > 0 && clock.now_ns() - idle_since_ns < spin.now_ns {
                 net.turn();
                 quiet = is_quiet(&mut net, &mesh, &mut engine);
             }
@@ -167,15 +177,14 @@ pub(super) async fn run(
                     net.wait();
                 }
                 mesh.wake_up();
-                if clock.now_ns() - idle_since_ns < 2 * spin.max_ns {
-                    spin.paid()
-                } else {
-                    spin.did_not_pay()
-                }
-            } else {
-                spin.paid();
             }
-            engine.metrics.counters.idle_ns += clock.now_ns() - idle_since_ns;
+            let idle_ns = clock.now_ns() - idle_since_ns;
+            engine.metrics.counters.idle_ns += idle_ns;
+            if !quiet || idle_ns < 2 * spin.max_ns {
+                spin.paid();
+            } else {
+                spin.did_not_pay();
+            }
         }
     }
 }
@@ -192,18 +201,10 @@ fn accept(engine: &mut Engine, net: &mut Net, mesh: &mut Mesh, shared: &Shared, 
         engine.metrics.counters.connections_refused += 1;
         return net::refuse(&accepted.socket, protocol::refusal(accepted.protocol));
     }
-    let Accepted {
-        socket,
-        protocol,
-        spread,
-    } = accepted;
+    let Accepted { socket, protocol } = accepted;
     let me = usize::from(mesh.core().0);
     let peers = mesh.peers();
-    let target = if spread {
-        least_busy(peers.iter().map(|peer| peer.connections.load(Ordering::Relaxed)), me)
-    } else {
-        me
-    };
+    let target = least_busy(peers.iter().map(|peer| peer.connections.load(Ordering::Relaxed)), me);
     peers[target].connections.fetch_add(1, Ordering::Relaxed);
     if target == me {
         return net.adopt(engine, socket, protocol);
@@ -251,7 +252,8 @@ impl Stopping {
         self.turns += 1;
         // Other cores may need this one for their last requests, so each goes on until all have nothing left.
         std::thread::yield_now();
-        if self.turns > STOP_TURNS && !self.closing {
+        if self.turns > STOP_TURNS {
+            // Each turn: a socket that another core handed over may come late.
             self.closing = true;
             engine.close_all();
         }

@@ -398,6 +398,25 @@ impl ItemMut<'_> {
         fits
     }
 
+    /// Changes the deadline in place; false, and nothing changed, when the item has no field for it or needs none.
+    pub(crate) fn set_deadline(&mut self, deadline: Deadline) -> bool {
+        let marks = self.view().marks();
+        let Deadline::At(moment) = deadline else {
+            return marks & DEADLINE == 0;
+        };
+        if marks & DEADLINE == 0 {
+            return false;
+        }
+        // SAFETY: the mark says that the field is there, and nothing else refers to the item.
+        unsafe {
+            self.start
+                .add(deadline_offset(marks))
+                .cast::<u64>()
+                .write_unaligned(moment.0);
+        }
+        true
+    }
+
     /// Notes an access; writes only what changes, so that a hot item's cache line stays clean.
     #[inline]
     pub(crate) fn mark_access(&mut self, accessed_s: u32) {
