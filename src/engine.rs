@@ -263,7 +263,7 @@ impl Engine {
             return Loaded::NotMine;
         }
         let large = (value.len() >= LARGE_VALUE_BYTES).then(|| Bytes::copy_from_slice(value));
-        let put = Put::new(large.as_ref().map_or(Value::Small(value), Value::Large));
+        let put = Put::new(large.as_ref().map_or(Value::Small(value), Value::collected));
         let command = Command { key, op: Op::Put(put) };
         let mut context = Context {
             now: self.now,
@@ -730,7 +730,10 @@ impl Engine {
             }
             Decoded::Value(bytes) => {
                 let header = &input[..step.used];
-                if !self.budget.charge(bytes) {
+                // A small value counts and is not refused: it may be about to replace a larger one.
+                if bytes < LARGE_VALUE_BYTES {
+                    self.budget.charge_always(bytes);
+                } else if !self.budget.charge(bytes) {
                     self.metrics.counters.out_of_memory += 1;
                     let arena = Bump::new();
                     let refused = session.decoder.without_memory(header, &self.env(&arena));

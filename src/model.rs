@@ -86,6 +86,15 @@ pub enum Value<'a> {
 }
 
 impl<'a> Value<'a> {
+    /// A value that was collected into memory of its own: kept there when it is large.
+    pub fn collected(bytes: &'a Bytes) -> Self {
+        if bytes.len() >= LARGE_VALUE_BYTES {
+            Value::Large(bytes)
+        } else {
+            Value::Small(bytes)
+        }
+    }
+
     /// The bytes themselves.
     pub fn bytes(&self) -> &'a [u8] {
         match *self {

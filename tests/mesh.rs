@@ -1,6 +1,8 @@
 //! Traffic between cores under pressure: nothing lost, nothing out of order, nobody stuck, also when a link has room for one
 //! request only; and a connection that does not read bounds what it can hold.
 
+#![allow(clippy::unwrap_used, reason = "in a test, the assertion")]
+
 mod support;
 
 use memkv::protocol::Protocol;
@@ -221,6 +223,31 @@ fn vanished_connections_leave_nothing() {
         "something is charged that nobody holds"
     );
     assert_eq!(before, 0);
+}
+
+/// A value counts against the memory limit from its announcement, whatever its size, and no longer when its client is gone.
+#[test]
+fn announced_values_are_charged() {
+    let mut world = World::new(1, &[]);
+    let other = world.connect(0, Protocol::Memcached);
+    let charged = |world: &mut World| -> u64 {
+        let stats = String::from_utf8(world.ask(other, b"stats\r\n")).unwrap();
+        let line = stats
+            .lines()
+            .find(|line| line.starts_with("STAT bytes_charged "))
+            .unwrap();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let empty = charged(&mut world);
+    for bytes in [100, 5000, 1_000_000] {
+        let client = world.connect(0, Protocol::Memcached);
+        world.send(client, format!("set key 0 0 {bytes}\r\nabc").as_bytes());
+        world.settle();
+        assert_eq!(charged(&mut world), empty + bytes);
+        world.drop_connection(client);
+        world.settle();
+        assert_eq!(charged(&mut world), empty);
+    }
 }
 
 /// A large value that is being sent stays what it was when it was read, though it is overwritten and deleted meanwhile.

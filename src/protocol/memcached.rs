@@ -323,10 +323,10 @@ impl<'a> Source<'a> {
             Source::Input(rest) => match rest.get(..bytes + 2) {
                 Some(data) if data.ends_with(b"\r\n") => Found::Whole(Value::Small(&data[..bytes]), bytes + 2),
                 Some(_) => Found::Bad(bytes + 2),
-                None => Found::Not(at_line(Decoded::Incomplete, 0)),
+                None => Found::Not(at_line(Decoded::Value(bytes), header)),
             },
             Source::Collected(value, rest) => match rest.get(..2) {
-                Some(b"\r\n") => Found::Whole(Value::Large(value), 2),
+                Some(b"\r\n") => Found::Whole(Value::collected(value), 2),
                 Some(_) => Found::Bad(2),
                 None => Found::Not(at_line(Decoded::Incomplete, 0)),
             },

@@ -82,17 +82,8 @@ fn set<'a>(key: &'a [u8], bytes: usize, header: usize, rest: &'a [u8], env: &Env
             ..at_line(Decoded::Refused(answer), header)
         };
     }
-    if bytes >= LARGE_VALUE_BYTES {
+    if bytes >= LARGE_VALUE_BYTES || rest.len() < bytes + 2 {
         return at_line(Decoded::Value(bytes), header);
-    }
-    if rest.len() < bytes + 2 {
-        if rest.len() < bytes {
-            return at_line(Decoded::Incomplete, 0);
-        }
-        // The value is there and its end is not, or not wholly: what is there of it may already be wrong.
-        if rest[bytes..].first().is_none_or(|byte| *byte == b'\r') {
-            return at_line(Decoded::Incomplete, 0);
-        }
     }
     let (value, rest) = rest.split_at(bytes);
     let step = stored(key, Value::Small(value), rest);
@@ -127,7 +118,7 @@ fn skip<'a>(decoded: Decoded<'a>, input: &[u8]) -> Step<'a> {
 pub(super) fn with_value<'a>(header: &'a [u8], value: &'a Bytes, rest: &'a [u8], _env: &Env<'a>) -> Step<'a> {
     match (rest.first(), rest.get(1)) {
         (None, _) | (Some(b'\r'), None) => at_line(Decoded::Incomplete, 0),
-        _ => stored(words(header).nth(1).unwrap_or_default(), Value::Large(value), rest),
+        _ => stored(words(header).nth(1).unwrap_or_default(), Value::collected(value), rest),
     }
 }
 
