@@ -6,19 +6,18 @@
 //! wants: sends batches to other cores ([`Engine::outgoing`]) and looks after the connections in [`Engine::attention`].
 //! Nothing here waits, allocates per request, or knows a socket.
 
-use crate::budget::{Budget, Pool};
+use crate::budget::Pool;
 use crate::config::Config;
 use crate::encoding::{Reader, Rope, read_broadcast, read_command, reads_large};
 use crate::link::{
     BROADCAST_COST_BYTES, Batch, CreditLimits, Direction, Link, ReplyRecord, Request, Return, cost_bytes,
 };
-use crate::metrics::{ConnectionFacts, Counters, Metrics, PrefixCounts, Report};
+use crate::metrics::{ConnectionFacts, Counters, Metrics, Prefixes, Report};
 use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, ServerFacts, Shape, Step};
 use crate::session::{Blocked, Gather, Incoming, Session, Slot};
-use crate::shard::{Context, Shard};
-use ahash::AHashMap;
+use crate::shards::Shards;
 use bumpalo::Bump;
 use bytes::Bytes;
 use std::sync::Arc;
@@ -29,13 +28,6 @@ const WINDOW: usize = 16;
 /// Buffers kept for reuse, and the largest that is worth keeping.
 const BUFFERS_KEPT_MAX: usize = 256;
 const BUFFER_KEPT_BYTES_MAX: usize = 64 * 1024;
-/// Key prefixes that `stats detail` tells apart on one core; further ones are not counted.
-const PREFIXES_MAX: usize = 1000;
-/// Buckets of a shard looked at for expired items: this many for each millisecond that passed, and at most so many in one
-/// turn. The shards of a core take turns.
-const SWEEP_BUCKETS_PER_MS: u64 = 64;
-const SWEEP_BUCKETS_MAX: u64 = 4096;
-
 /// What a connection needs from the runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wants {
@@ -63,31 +55,25 @@ pub struct Engine {
     core: CoreId,
     config: Arc<Config>,
     table: Arc<RangeTable>,
-    shards: Vec<Shard>,
-    first_shard: u16,
+    shards: Shards,
     sessions: Vec<Option<Box<Session>>>,
     free_sessions: Vec<u32>,
     connections: u64,
     links: Vec<Link>,
-    budget: Budget,
     /// What this core counts.
     pub metrics: Metrics,
-    prefixes: Option<AHashMap<Vec<u8>, PrefixCounts>>,
+    prefixes: Option<Prefixes>,
     process: ProcessFacts,
     attention: Vec<u32>,
     buffers: Vec<Vec<u8>>,
     #[expect(clippy::vec_box, reason = "batches travel between cores as boxes")]
     batches: Vec<Box<Batch>>,
     arena: Bump,
-    value_bytes_max: usize,
     now: UnixMillis,
     now_ns: u64,
     started_ns: u64,
     ticked_ms: u64,
     timeouts_checked_ms: u64,
-    background: bool,
-    /// The shard that was swept last.
-    swept: usize,
     /// Sessions that answers may let go on, to be looked at once per batch.
     resumable: Vec<u32>,
     stop_asked: bool,
@@ -106,13 +92,8 @@ struct Planned<'a> {
 impl Engine {
     /// Core `core` of `table.cores()`, empty.
     pub fn new(core: CoreId, table: Arc<RangeTable>, pool: Arc<Pool>, config: Arc<Config>, now: UnixMillis) -> Self {
-        let mut budget = Budget::new(pool);
-        let owned: Vec<_> = table.shards_of(core).collect();
-        let partitioner = table.partitioner();
-        let shards = owned
-            .iter()
-            .map(|_| Shard::new(partitioner, now, &mut budget))
-            .collect();
+        let value_bytes_max = usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX);
+        let shards = Shards::new(core, &table, pool, value_bytes_max, now);
         let limits = CreditLimits {
             requests_max: config.limits.mesh_requests_max,
             bytes_max: config.limits.mesh_bytes_max.0,
@@ -120,13 +101,11 @@ impl Engine {
         Self {
             core,
             links: (0..table.cores()).map(|_| Link::new(limits)).collect(),
-            first_shard: owned.first().map_or(0, |shard| shard.0),
             shards,
             table,
             sessions: vec![],
             free_sessions: vec![],
             connections: 0,
-            budget,
             metrics: Metrics::default(),
             prefixes: None,
             process: ProcessFacts::default(),
@@ -134,15 +113,12 @@ impl Engine {
             buffers: vec![],
             batches: vec![],
             arena: Bump::new(),
-            value_bytes_max: usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX),
             config,
             now,
             now_ns: 0,
             started_ns: 0,
             ticked_ms: now.0,
             timeouts_checked_ms: now.0,
-            background: false,
-            swept: 0,
             resumable: vec![],
             stop_asked: false,
         }
@@ -165,51 +141,16 @@ impl Engine {
     fn tick(&mut self) {
         let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
         self.ticked_ms = self.now.0;
-        let buckets = passed_ms.saturating_mul(SWEEP_BUCKETS_PER_MS).min(SWEEP_BUCKETS_MAX);
-        self.tick_shards();
-        self.sweep(buckets as usize);
+        self.shards.tick(passed_ms, self.now, &mut self.metrics.counters);
         if self.now.0.saturating_sub(self.timeouts_checked_ms) >= 500 {
             self.timeouts_checked_ms = self.now.0;
             self.check_timeouts();
         }
     }
 
-    fn tick_shards(&mut self) {
-        let mut context = Context {
-            now: self.now,
-            budget: &mut self.budget,
-            counters: &mut self.metrics.counters,
-            value_bytes_max: self.value_bytes_max,
-        };
-        self.background = false;
-        for shard in &mut self.shards {
-            self.background |= shard.tick(&mut context);
-        }
-    }
-
-    /// Sweeps the next shard that has something due.
-    fn sweep(&mut self, buckets: usize) {
-        let count = self.shards.len();
-        let next = (1..=count).map(|step| (self.swept + step) % count);
-        let Some(next) = next.into_iter().find(|shard| self.shards[*shard].is_due(self.now)) else {
-            return;
-        };
-        self.swept = next;
-        let mut context = Context {
-            now: self.now,
-            budget: &mut self.budget,
-            counters: &mut self.metrics.counters,
-            value_bytes_max: self.value_bytes_max,
-        };
-        self.shards[next].sweep(&mut context, buckets);
-    }
-
     /// There is work to do even if nothing happens: the runtime should come again soon instead of sleeping.
     pub fn has_background_work(&mut self) -> bool {
-        if self.background {
-            self.tick_shards();
-        }
-        self.background
+        self.shards.go_on_emptying(self.now, &mut self.metrics.counters)
     }
 
     fn check_timeouts(&mut self) {
@@ -265,14 +206,9 @@ impl Engine {
         let large = (value.len() >= LARGE_VALUE_BYTES).then(|| Bytes::copy_from_slice(value));
         let put = Put::new(large.as_ref().map_or(Value::Small(value), Value::collected));
         let command = Command { key, op: Op::Put(put) };
-        let mut context = Context {
-            now: self.now,
-            budget: &mut self.budget,
-            counters: &mut Counters::default(),
-            value_bytes_max: usize::MAX,
-        };
-        let shard = &mut self.shards[usize::from(shard.0 - self.first_shard)];
-        match shard.execute(place.hash, &command, &mut context) {
+        // Rows that are loaded are not requests.
+        let counters = &mut Counters::default();
+        match self.shards.execute(shard.0, place.hash, &command, self.now, counters) {
             Reply::Stored(_) => Loaded::Stored,
             _ => Loaded::OutOfMemory,
         }
@@ -307,7 +243,7 @@ impl Engine {
         session.socket_closed = true;
         self.connections -= 1;
         if let Some(incoming) = session.incoming.take() {
-            self.budget.release(incoming.bytes);
+            self.shards.budget.release(incoming.bytes);
         }
         if let Blocked::Credit(link) = std::mem::replace(&mut session.blocked, Blocked::Own) {
             self.links[usize::from(link)].stop_waiting(id);
@@ -495,7 +431,7 @@ impl Engine {
         Env {
             now: self.now,
             key_bytes_max: usize::from(self.config.limits.key_size_max),
-            value_bytes_max: self.value_bytes_max,
+            value_bytes_max: usize::try_from(self.config.limits.item_size_max.0).unwrap_or(usize::MAX),
             shutdown_enabled: self.config.enable_shutdown,
             arena,
         }
@@ -551,7 +487,7 @@ impl Engine {
                     break;
                 }
             } else {
-                self.shard(shard).prefetch_bucket(place.hash);
+                self.shards.prefetch_bucket(shard, place.hash);
             }
             at += step.used;
             session.decoder = step.next;
@@ -570,7 +506,7 @@ impl Engine {
         }
         if planned.len() > 1 {
             for request in planned.iter().filter(|request| request.link.is_none()) {
-                self.shard(request.shard).prefetch_item(request.place.hash);
+                self.shards.prefetch_item(request.shard, request.place.hash);
             }
         }
         for request in &planned {
@@ -587,8 +523,7 @@ impl Engine {
     /// The link to the core that owns `shard`; `None` for this core.
     #[inline]
     fn link_of(&self, shard: u16) -> Option<u16> {
-        let local = shard.wrapping_sub(self.first_shard);
-        if usize::from(local) < self.shards.len() {
+        if self.shards.own(shard) {
             return None;
         }
         Some(self.table.core_of(ShardId(shard)).0)
@@ -625,7 +560,7 @@ impl Engine {
             self.links[usize::from(link)].push_command(to, request.place, request.shard, shape, command);
             return;
         }
-        let shard = usize::from(request.shard - self.first_shard);
+        let shard = request.shard;
         let (protocol, hash, arrived_ns) = (session.protocol, request.place.hash, session.arrived_ns);
         if let Some(out) = session.direct() {
             self.execute(shard, hash, command, protocol, shape, Target::Output(out));
@@ -641,22 +576,17 @@ impl Engine {
     #[inline]
     fn execute(
         &mut self,
-        shard: usize,
+        shard: u16,
         hash: u64,
         command: &Command<'_>,
         protocol: Protocol,
         shape: &Shape<'_>,
         target: Target<'_>,
     ) {
-        let mut context = Context {
-            now: self.now,
-            budget: &mut self.budget,
-            counters: &mut self.metrics.counters,
-            value_bytes_max: self.value_bytes_max,
-        };
-        let reply = self.shards[shard].execute(hash, command, &mut context);
+        let counters = &mut self.metrics.counters;
+        let reply = self.shards.execute(shard, hash, command, self.now, counters);
         if let Some(prefixes) = &mut self.prefixes {
-            count_prefix(prefixes, command, &reply);
+            prefixes.count(command, &reply);
         }
         let out = match target {
             Target::Output(out) => out,
@@ -725,15 +655,15 @@ impl Engine {
                 self.answer(session, &settings.flat);
             }
             Decoded::MemoryLimit(bytes, answer) => {
-                self.budget.pool().set_limit(bytes);
+                self.shards.budget.pool().set_limit(bytes);
                 self.answer(session, answer);
             }
             Decoded::Value(bytes) => {
                 let header = &input[..step.used];
                 // A small value counts and is not refused: it may be about to replace a larger one.
                 if bytes < LARGE_VALUE_BYTES {
-                    self.budget.charge_always(bytes);
-                } else if !self.budget.charge(bytes) {
+                    self.shards.budget.charge_always(bytes);
+                } else if !self.shards.budget.charge(bytes) {
                     self.metrics.counters.out_of_memory += 1;
                     let arena = Bump::new();
                     let refused = session.decoder.without_memory(header, &self.env(&arena));
@@ -799,7 +729,7 @@ impl Engine {
                     }
                     _ => {
                         // The shard charges the item itself.
-                        self.budget.release(incoming.bytes);
+                        self.shards.budget.release(incoming.bytes);
                         let planned = Planned {
                             command,
                             shape,
@@ -813,7 +743,7 @@ impl Engine {
                 }
             }
             _ => {
-                self.budget.release(incoming.bytes);
+                self.shards.budget.release(incoming.bytes);
                 self.special(session, id, &step, &[], resumed);
                 false
             }
@@ -894,7 +824,7 @@ impl Engine {
             config: &self.config,
             process: self.process,
             now: self.now,
-            memory_bytes_max: self.budget.pool().limit(),
+            memory_bytes_max: self.shards.budget.pool().limit(),
             cores: self.table.cores(),
         }
     }
@@ -903,22 +833,14 @@ impl Engine {
     fn answer_broadcast(&mut self, broadcast: Broadcast) -> Report {
         match broadcast {
             Broadcast::Flush(at) => {
-                let mut context = Context {
-                    now: self.now,
-                    budget: &mut self.budget,
-                    counters: &mut self.metrics.counters,
-                    value_bytes_max: self.value_bytes_max,
-                };
-                self.shards.iter_mut().for_each(|shard| shard.flush(at, &mut context));
-                self.background = true;
+                self.shards.flush(at, self.now, &mut self.metrics.counters);
                 Report::Done
             }
             Broadcast::Metrics { latencies } => {
                 let mut metrics = self.metrics.snapshot(latencies);
                 let counters = &mut metrics.counters;
-                self.shards.iter().for_each(|shard| shard.count(counters));
+                self.shards.count(counters);
                 counters.connections = self.connections;
-                counters.charged_bytes = self.budget.charged();
                 counters.uptime_ns = self.now_ns - self.started_ns;
                 Report::Metrics(vec![(self.core, metrics)])
             }
@@ -934,13 +856,10 @@ impl Engine {
                 Report::Connections(facts.collect())
             }
             Broadcast::PrefixStats(on) => {
-                self.prefixes = on.then(AHashMap::new);
+                self.prefixes = on.then(Prefixes::default);
                 Report::Done
             }
-            Broadcast::PrefixDump => {
-                let prefixes = self.prefixes.iter().flatten();
-                Report::Prefixes(prefixes.map(|(prefix, counts)| (prefix.clone(), *counts)).collect())
-            }
+            Broadcast::PrefixDump => Report::Prefixes(self.prefixes.as_ref().map(Prefixes::counts).unwrap_or_default()),
         }
     }
 
@@ -967,13 +886,13 @@ impl Engine {
             while !window.is_full() && !reader.0.is_empty() {
                 let request = Request::read(&mut reader);
                 if request.is_command {
-                    self.shard(request.shard).prefetch_bucket(request.hash);
+                    self.shards.prefetch_bucket(request.shard, request.hash);
                 }
                 window.push(request);
             }
             if window.len() > 1 {
                 for request in window.iter().filter(|request| request.is_command) {
-                    self.shard(request.shard).prefetch_item(request.hash);
+                    self.shards.prefetch_item(request.shard, request.hash);
                 }
             }
             for request in window {
@@ -982,11 +901,6 @@ impl Engine {
         }
         batch.rope.flat = flat;
         self.recycle(batch);
-    }
-
-    #[inline]
-    fn shard(&self, shard: u16) -> &Shard {
-        &self.shards[usize::from(shard - self.first_shard)]
     }
 
     /// Executes a request of another core; its large value, when it has one, is the next of `large`.
@@ -1003,9 +917,15 @@ impl Engine {
             };
             let value = value.map(|splice| splice.bytes);
             let command = read_command(&mut { request.body }, value.as_ref());
-            let shard = usize::from(request.shard - self.first_shard);
             let (protocol, shape) = (request.protocol, &request.shape);
-            self.execute(shard, request.hash, &command, protocol, shape, Target::Link(link));
+            self.execute(
+                request.shard,
+                request.hash,
+                &command,
+                protocol,
+                shape,
+                Target::Link(link),
+            );
         } else {
             let report = self.answer_broadcast(read_broadcast(&mut { request.body }));
             report.push(&mut self.links[link].replies().flat);
@@ -1206,27 +1126,4 @@ enum Target<'a> {
 
 fn count_answered(metrics: &mut Metrics, slot: &Slot) {
     metrics.answered_later(slot.class, slot.arrived_ns, slot.forwarded);
-}
-
-fn count_prefix(prefixes: &mut AHashMap<Vec<u8>, PrefixCounts>, command: &Command<'_>, reply: &Reply<'_>) {
-    let Some(end) = memchr::memchr(b':', command.key) else {
-        return;
-    };
-    let prefix = &command.key[..end];
-    if !prefixes.contains_key(prefix) {
-        if prefixes.len() >= PREFIXES_MAX {
-            return;
-        }
-        prefixes.insert(prefix.to_vec(), PrefixCounts::default());
-    }
-    let Some(counts) = prefixes.get_mut(prefix) else { return };
-    match command.op {
-        Op::Get { .. } => {
-            counts.gets += 1;
-            counts.hits += u64::from(matches!(reply, Reply::Found(_)));
-        }
-        Op::Put(_) => counts.sets += 1,
-        Op::Delete(_) => counts.deletes += 1,
-        _ => {}
-    }
 }

@@ -38,7 +38,7 @@
 //! |---|---|---|
 //! | L0 | [`model`] [`partition`] [`encoding`] [`budget`] [`config`] [`metrics`] | words and values |
 //! | L1 | `store`, [`protocol`] | one shard's table; bytes to commands and replies to bytes |
-//! | L2 | `shard` | what a command does |
+//! | L2 | `shard`, `shards` | what a command does; the shards of one core |
 //! | L3 | `session`, [`link`], [`engine`] | one connection, one neighbour, one core |
 //! | L4 | [`runtime`] | threads, executors, sockets, files, clocks: the only place that waits |
 //! | L5 | the binaries | command lines |
@@ -67,4 +67,5 @@ pub mod protocol;
 pub mod runtime;
 pub(crate) mod session;
 pub(crate) mod shard;
+pub(crate) mod shards;
 pub(crate) mod store;

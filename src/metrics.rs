@@ -1,7 +1,8 @@
 //! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks.
 
 use crate::encoding::Reader;
-use crate::model::{Class, CoreId};
+use crate::model::{Class, Command, CoreId, Op, Reply};
+use ahash::AHashMap;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
 
@@ -326,6 +327,47 @@ pub struct PrefixCounts {
     pub sets: u64,
     /// Deletes.
     pub deletes: u64,
+}
+
+/// Key prefixes that one core tells apart; further ones are not counted.
+const PREFIXES_MAX: usize = 1000;
+
+/// What is counted per key prefix, the part of a key before its first colon.
+#[derive(Debug, Default)]
+pub struct Prefixes(AHashMap<Vec<u8>, PrefixCounts>);
+
+impl Prefixes {
+    /// Counts a command that was executed.
+    pub fn count(&mut self, command: &Command<'_>, reply: &Reply<'_>) {
+        let Some(end) = memchr::memchr(b':', command.key) else {
+            return;
+        };
+        let prefix = &command.key[..end];
+        if !self.0.contains_key(prefix) {
+            if self.0.len() >= PREFIXES_MAX {
+                return;
+            }
+            self.0.insert(prefix.to_vec(), PrefixCounts::default());
+        }
+        let Some(counts) = self.0.get_mut(prefix) else { return };
+        match command.op {
+            Op::Get { .. } => {
+                counts.gets += 1;
+                counts.hits += u64::from(matches!(reply, Reply::Found(_)));
+            }
+            Op::Put(_) => counts.sets += 1,
+            Op::Delete(_) => counts.deletes += 1,
+            _ => {}
+        }
+    }
+
+    /// All of them.
+    pub fn counts(&self) -> Vec<(Vec<u8>, PrefixCounts)> {
+        self.0
+            .iter()
+            .map(|(prefix, counts)| (prefix.clone(), *counts))
+            .collect()
+    }
 }
 
 fn push_text(out: &mut Vec<u8>, text: &[u8]) {

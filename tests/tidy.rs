@@ -21,6 +21,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("protocol", &["config", "encoding", "metrics", "model"]),
     // L2: what a command does.
     ("shard", &["budget", "metrics", "model", "partition", "store"]),
+    ("shards", &["budget", "metrics", "model", "partition", "shard"]),
     // L3: one connection, one core.
     ("session", &["encoding", "metrics", "model", "protocol"]),
     ("link", &["encoding", "model", "partition", "protocol"]),
@@ -36,7 +37,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "partition",
             "protocol",
             "session",
-            "shard",
+            "shards",
         ],
     ),
     // L4: the outside world.
@@ -169,6 +170,6 @@ fn unsafe_stays_in_its_rooms() {
 fn files_stay_readable() {
     for (path, code) in modules().into_values().flatten() {
         let lines = code.lines().count();
-        assert!(lines <= 1200, "{} has {lines} lines", path.display());
+        assert!(lines <= 1100, "{} has {lines} lines", path.display());
     }
 }
