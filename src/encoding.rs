@@ -57,6 +57,13 @@ impl Rope {
         });
     }
 
+    /// Takes the first large value out; its place in the flat bytes is with it.
+    pub fn take_splice(&mut self) -> Option<Splice> {
+        let splice = self.splices.pop_front()?;
+        self.spliced_bytes -= splice.bytes.len();
+        Some(splice)
+    }
+
     /// All bytes, spliced ones included.
     #[inline]
     pub fn len(&self) -> usize {
@@ -90,8 +97,7 @@ impl Rope {
         }
         let mut copied = start;
         for _ in 0..splices {
-            let splice = source.splices.pop_front().expect("the record counted its splices");
-            source.spliced_bytes -= splice.bytes.len();
+            let splice = source.take_splice().expect("the record counted its splices");
             self.flat.extend_from_slice(&source.flat[copied..splice.at]);
             copied = splice.at;
             self.splice(splice.bytes);

@@ -169,7 +169,7 @@ impl Engine {
                 && self.now.0.saturating_sub(session.last_sent_ms) >= write_ms;
             if (idle || stuck) && !session.close_told {
                 self.metrics.counters.connections_timed_out += 1;
-                self.fail(id as u32);
+                self.failed(id as u32);
             }
         }
     }
@@ -325,10 +325,6 @@ impl Engine {
 
     /// The connection broke. Nothing more is sent.
     pub fn failed(&mut self, id: u32) {
-        self.fail(id);
-    }
-
-    fn fail(&mut self, id: u32) {
         let Some(mut session) = self.take(id) else { return };
         session.closing = true;
         session.gone = true;
@@ -397,12 +393,7 @@ impl Engine {
     /// Decodes and executes what can be; returns how much of `input` that took. `resumed`: the link whose queue the session
     /// has just left.
     fn advance(&mut self, session: &mut Session, id: u32, input: &[u8], resumed: Option<u16>) -> usize {
-        if session.output.filling.flat.capacity() == 0 {
-            session.output.filling.flat = self.buffers.pop().unwrap_or_default();
-        }
-        if session.output.is_empty() {
-            session.last_sent_ms = self.now.0;
-        }
+        self.ready_output(session);
         let mut arena = std::mem::take(&mut self.arena);
         let mut at = 0;
         while at < input.len() && session.blocked == Blocked::No && !session.closing {
@@ -425,6 +416,17 @@ impl Engine {
         }
         self.arena = arena;
         at
+    }
+
+    /// Gives the session a buffer to be answered in, and starts its write time if nothing waits yet.
+    #[inline]
+    fn ready_output(&mut self, session: &mut Session) {
+        if session.output.filling.flat.capacity() == 0 {
+            session.output.filling.flat = self.buffers.pop().unwrap_or_default();
+        }
+        if session.output.is_empty() {
+            session.last_sent_ms = self.now.0;
+        }
     }
 
     fn env<'a>(&self, arena: &'a Bump) -> Env<'a> {
@@ -910,12 +912,12 @@ impl Engine {
         let start = self.links[link].begin_reply(request.to);
         if request.is_command {
             // A spliced value belongs to the record whose command says so, and records are read in order.
-            let value = if reads_large(&request.body) {
-                large.splices.pop_front()
+            let splice = if reads_large(&request.body) {
+                large.take_splice()
             } else {
                 None
             };
-            let value = value.map(|splice| splice.bytes);
+            let value = splice.map(|splice| splice.bytes);
             let command = read_command(&mut { request.body }, value.as_ref());
             let (protocol, shape) = (request.protocol, &request.shape);
             self.execute(
@@ -969,12 +971,7 @@ impl Engine {
             gather.missing -= 1;
             self.finish_gathering(&mut session, number);
         } else {
-            if session.output.filling.flat.capacity() == 0 {
-                session.output.filling.flat = self.buffers.pop().unwrap_or_default();
-            }
-            if session.output.is_empty() {
-                session.last_sent_ms = self.now.0;
-            }
+            self.ready_output(&mut session);
             let metrics = &mut self.metrics;
             session.fill(number, rope, at, length, splices, |slot| count_answered(metrics, slot));
         }

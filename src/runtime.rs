@@ -24,10 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-
-/// How long a stopping server goes on answering what it has received.
-const STOP_TIME_MAX: Duration = Duration::from_secs(4);
+use std::time::Duration;
 
 /// Why a server did not start: one message that names the cause and the remedy.
 #[derive(Debug)]
@@ -465,9 +462,4 @@ fn listener(address: SocketAddr, shared: bool) -> std::io::Result<Socket> {
     socket.set_keepalive(true)?;
     socket.bind(&address.into())?;
     Ok(socket)
-}
-
-/// Until when a stopping server may take.
-fn stop_deadline() -> Instant {
-    Instant::now() + STOP_TIME_MAX
 }

@@ -53,11 +53,18 @@ const LAYERS: &[(&str, &[&str])] = &[
 /// Where anything that waits, or asks the outside world, is allowed: the runtime and the binaries.
 const OUTSIDE: &[&str] = &["runtime", "main", "bin"];
 
+/// Named exceptions, each with its reason.
+const EXCEPTIONS: &[(&str, &str, &str)] = &[(
+    "config",
+    "std::net",
+    "options hold addresses; a host name in one is looked up while the command line is read, before anything serves",
+)];
+
 const BANNED: &[&str] = &[
     "async ",
     ".await",
     "std::fs",
-    "std::net::Tcp",
+    "std::net",
     "std::thread",
     "std::time::Instant",
     "std::time::SystemTime",
@@ -143,6 +150,9 @@ fn nothing_waits_or_looks_outside_but_the_runtime() {
         }
         for (path, code) in files {
             for word in BANNED {
+                if EXCEPTIONS.iter().any(|(of, exempt, _)| *of == module && exempt == word) {
+                    continue;
+                }
                 assert!(!code.contains(word), "{} must not contain {word:?}", path.display());
             }
         }

@@ -7,13 +7,13 @@
 
 use super::mesh::{Handoff, Mesh};
 use super::net::{self, Accepted, Net};
-use super::{Shared, allocator, host, stop_deadline};
+use super::{Shared, allocator, host};
 use crate::engine::Engine;
 use crate::model::{CoreId, UnixMillis};
 use crate::protocol;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The monotonic clock, and the wall clock as it was when last asked plus what has passed since.
 #[derive(Clone, Copy, Debug)]
@@ -233,13 +233,15 @@ struct Stopping {
     said_quiet: bool,
 }
 
+/// How long a stopping server goes on answering what it has received.
+const STOP_TIME_MAX: Duration = Duration::from_secs(4);
 /// Turns in which requests that were on their way when the server was stopped are still read.
 const STOP_TURNS: u32 = 20;
 
 impl Stopping {
     fn new() -> Self {
         Self {
-            deadline: stop_deadline(),
+            deadline: Instant::now() + STOP_TIME_MAX,
             turns: 0,
             closing: false,
             said_quiet: false,
