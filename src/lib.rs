@@ -69,3 +69,9 @@ pub(crate) mod session;
 pub(crate) mod shard;
 pub(crate) mod shards;
 pub(crate) mod store;
+
+/// The messages of the protobuf protocol, as `proto/memkv.proto` defines them.
+pub mod proto {
+    #![allow(missing_docs, reason = "generated; the definitions carry the comments")]
+    include!(concat!(env!("OUT_DIR"), "/memkv.rs"));
+}
