@@ -129,6 +129,15 @@ pub struct Config {
     #[arg(long, value_name = "HOST:PORT|off")]
     pub text: Option<Listen>,
 
+    /// Where clients of the protobuf protocol (proto/memkv.proto) connect.
+    #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:7001")]
+    pub protobuf: Listen,
+
+    /// One more protobuf port for each core, on the same address: core N serves BASE + N alone, so that a client which knows
+    /// the topology reaches the owner of a key without a detour. 0 lets the system choose the ports.
+    #[arg(long, value_name = "BASE")]
+    pub core_ports: Option<u16>,
+
     /// Rows `<key> <value>` to load before serving.
     #[arg(long, value_name = "FILE", env = "KV_DATA_FILE_PATH")]
     pub load: Option<PathBuf>,
@@ -171,6 +180,15 @@ pub struct Limits {
     /// The largest value. A larger one is read, dropped and refused.
     #[arg(long, value_name = "BYTES", default_value_t = Bytes(1 << 20))]
     pub item_size_max: Bytes,
+
+    /// The longest request of a protocol that frames its requests (protobuf) [default: --item-size-max and 64k, 16m at the
+    /// least]. A longer one is read, dropped and refused.
+    #[arg(long, value_name = "BYTES")]
+    pub request_bytes_max: Option<Bytes>,
+
+    /// Keys of one request on the protobuf protocol. One with more is refused.
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=65535))]
+    pub request_keys_max: u32,
 
     /// Open connections. One more is told so, where its protocol can, and closed.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
@@ -229,6 +247,14 @@ impl Config {
                 .map(|port| Listen::At(SocketAddr::from(([127, 0, 0, 1], port))))
                 .map_err(|_| format!("SERVER_PORT is '{port}': it must be a port number, 0 to 65535")),
         }
+    }
+}
+
+impl Limits {
+    /// The longest framed request, in bytes: as the option says, or room for the largest item and for many small ones.
+    pub fn request_bytes_max(&self) -> u64 {
+        let default = (self.item_size_max.0 + (64 << 10)).max(16 << 20);
+        self.request_bytes_max.map_or(default, |limit| limit.0)
     }
 }
 

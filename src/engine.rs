@@ -9,18 +9,19 @@
 use crate::budget::Pool;
 use crate::config::Config;
 use crate::encoding::{Reader, Rope, read_broadcast, read_command, reads_large};
-use crate::link::{
-    BROADCAST_COST_BYTES, Batch, CreditLimits, Direction, Link, ReplyRecord, Request, Return, cost_bytes,
-};
-use crate::metrics::{ConnectionFacts, Counters, Metrics, Prefixes, Report};
-use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
+use crate::link::{Batch, CreditLimits, Direction, Kind, Link, ReplyRecord, Request, Return, cost_bytes};
+use crate::metrics::{Counters, Metrics, Prefixes};
+use crate::model::{Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
-use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, ServerFacts, Shape, Step};
-use crate::session::{Blocked, Gather, Incoming, Session, Slot};
+use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, Shape, Step};
+use crate::session::{Blocked, Incoming, Session, Slot};
 use crate::shards::Shards;
 use bumpalo::Bump;
 use bytes::Bytes;
+use std::cell::OnceCell;
 use std::sync::Arc;
+
+mod gathered;
 
 /// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
 /// asked for while the others are decoded.
@@ -55,6 +56,8 @@ pub struct Engine {
     core: CoreId,
     config: Arc<Config>,
     table: Arc<RangeTable>,
+    core_ports: Arc<[u16]>,
+    request_bytes_max: usize,
     shards: Shards,
     sessions: Vec<Option<Box<Session>>>,
     free_sessions: Vec<u32>,
@@ -103,6 +106,8 @@ impl Engine {
             links: (0..table.cores()).map(|_| Link::new(limits)).collect(),
             shards,
             table,
+            core_ports: Arc::new([]),
+            request_bytes_max: usize::try_from(config.limits.request_bytes_max()).unwrap_or(usize::MAX),
             sessions: vec![],
             free_sessions: vec![],
             connections: 0,
@@ -184,6 +189,11 @@ impl Engine {
     /// Facts about the process, for statistics.
     pub fn set_process_facts(&mut self, facts: ProcessFacts) {
         self.process = facts;
+    }
+
+    /// By core: the port at which it alone serves, for clients that ask.
+    pub fn set_core_ports(&mut self, ports: Arc<[u16]>) {
+        self.core_ports = ports;
     }
 
     /// A client asked to stop the server.
@@ -372,7 +382,7 @@ impl Engine {
     fn is_below_own_limit(&self, session: &Session) -> bool {
         session.in_flight() <= self.config.limits.requests_in_flight_max as usize / 2
             && session.output_bytes() as u64 <= self.config.limits.output_bytes_max.0 / 2
-            && !session.is_gathering()
+            && !session.awaits_report()
     }
 
     /// Decodes from the session's own input.
@@ -429,31 +439,36 @@ impl Engine {
         }
     }
 
-    fn env<'a>(&self, arena: &'a Bump) -> Env<'a> {
+    #[inline]
+    fn env<'a>(&self, arena: &'a Bump, large: &'a OnceCell<Bytes>) -> Env<'a> {
         Env {
             now: self.now,
             key_bytes_max: usize::from(self.config.limits.key_size_max),
             value_bytes_max: usize::try_from(self.config.limits.item_size_max.0).unwrap_or(usize::MAX),
             shutdown_enabled: self.config.enable_shutdown,
+            request_bytes_max: self.request_bytes_max,
+            request_keys_max: self.config.limits.request_keys_max as usize,
             arena,
+            large,
         }
     }
 
     /// Decodes up to [`WINDOW`] requests, asks for the memory they need, and executes them in order. Returns how much of
     /// `input` was used, and whether to go on.
-    fn window<'a>(
+    fn window(
         &mut self,
         session: &mut Session,
         id: u32,
-        input: &'a [u8],
-        arena: &'a Bump,
+        input: &[u8],
+        arena: &Bump,
         resumed: Option<u16>,
     ) -> (usize, bool) {
-        let env = self.env(arena);
-        let mut planned = arrayvec::ArrayVec::<Planned<'a>, WINDOW>::new();
+        let large = OnceCell::new();
+        let env = self.env(arena, &large);
+        let mut planned = arrayvec::ArrayVec::<Planned<'_>, WINDOW>::new();
         let mut at = 0;
         let mut go_on = true;
-        let mut last: Option<Step<'a>> = None;
+        let mut last: Option<Step<'_>> = None;
         let mut room = (self.config.limits.requests_in_flight_max as usize).saturating_sub(session.in_flight());
         let output_bytes_max = self.config.limits.output_bytes_max.0;
         match session.output_bytes() as u64 {
@@ -515,9 +530,11 @@ impl Engine {
             self.run(session, id, request);
         }
         if let Some(step) = last {
-            let (used, proceed) = self.special(session, id, &step, &input[at..], resumed);
-            at += used;
-            go_on &= proceed;
+            match self.special(session, id, &step, &input[at..], resumed) {
+                Outcome::NotYet => go_on = false,
+                Outcome::Done => at += step.used,
+                Outcome::End => return (at + step.used, false),
+            }
         }
         (at, go_on)
     }
@@ -619,8 +636,7 @@ impl Engine {
         }
     }
 
-    /// Does what a step that is no command asks for. Returns how much of `input` (which begins with the step's) was used, and
-    /// whether to go on.
+    /// Does what a step that is no command asks for; `input` begins with its bytes.
     fn special(
         &mut self,
         session: &mut Session,
@@ -628,9 +644,9 @@ impl Engine {
         step: &Step<'_>,
         input: &[u8],
         resumed: Option<u16>,
-    ) -> (usize, bool) {
+    ) -> Outcome {
         match step.decoded {
-            Decoded::Incomplete | Decoded::Command(..) => return (0, false),
+            Decoded::Incomplete | Decoded::Command(..) => return Outcome::NotYet,
             Decoded::Nothing => {}
             Decoded::Answer(answer) => self.answer(session, answer),
             Decoded::Refused(answer) => {
@@ -638,23 +654,28 @@ impl Engine {
                 self.metrics.counters.too_large += u64::from(step.swallow > 0);
                 self.answer(session, answer);
             }
+            Decoded::Group(commands, shape) => {
+                if !self.group(session, id, commands, &shape, resumed) {
+                    return Outcome::NotYet;
+                }
+            }
             Decoded::Broadcast(broadcast, shape) => {
                 // One at a time: a report is large, and all cores work for it.
-                if session.is_gathering() {
+                if session.awaits_report() {
                     session.blocked = Blocked::Own;
-                    return (0, false);
+                    return Outcome::NotYet;
                 }
                 if !self.broadcast(session, id, broadcast, &shape, resumed) {
-                    return (0, false);
+                    return Outcome::NotYet;
                 }
                 if session.output_bytes() > 0 || session.in_flight() > 0 {
                     session.blocked = Blocked::Own;
                 }
             }
-            Decoded::Settings => {
-                let mut settings = Rope::default();
-                protocol::encode_settings(session.protocol, &self.server_facts(), &mut settings);
-                self.answer(session, &settings.flat);
+            Decoded::About(shape) => {
+                let mut about = Rope::default();
+                protocol::encode_about(session.protocol, &shape, &self.server_facts(), &mut about);
+                self.answer(session, &about.flat);
             }
             Decoded::MemoryLimit(bytes, answer) => {
                 self.shards.budget.pool().set_limit(bytes);
@@ -667,34 +688,38 @@ impl Engine {
                     self.shards.budget.charge_always(bytes);
                 } else if !self.shards.budget.charge(bytes) {
                     self.metrics.counters.out_of_memory += 1;
-                    let arena = Bump::new();
-                    let refused = session.decoder.without_memory(header, &self.env(&arena));
+                    let (arena, large) = (Bump::new(), OnceCell::new());
+                    let refused = session.decoder.without_memory(header, &self.env(&arena, &large));
                     if let Decoded::Refused(answer) = refused.decoded {
                         self.answer(session, answer);
                     }
                     session.swallow = refused.swallow;
-                    return (step.used, true);
+                    return Outcome::Done;
                 }
                 session.incoming = Some(Incoming {
                     header: header.to_vec(),
                     value: Vec::with_capacity(bytes),
                     bytes,
                 });
-                return (step.used, true);
+                return Outcome::Done;
             }
-            Decoded::Close => {
+            Decoded::Close(last_words) => {
+                if !last_words.is_empty() {
+                    self.metrics.counters.bad_requests += 1;
+                    self.answer(session, last_words);
+                }
                 session.closing = true;
-                return (step.used, false);
+                return Outcome::End;
             }
             Decoded::Shutdown => {
                 self.stop_asked = true;
                 session.closing = true;
-                return (step.used, false);
+                return Outcome::End;
             }
         }
         session.decoder = step.next;
         session.swallow = step.swallow;
-        (step.used, true)
+        Outcome::Done
     }
 
     /// Goes on with a large value. Returns how much of `input` was used, and whether to go on.
@@ -714,12 +739,14 @@ impl Engine {
             return (taken, false);
         }
         let value = Bytes::from(std::mem::take(&mut incoming.value));
-        let env = self.env(arena);
+        let large = OnceCell::new();
+        let env = self.env(arena, &large);
         let step = session
             .decoder
             .with_value(&incoming.header, &value, &input[taken..], &env);
-        let not_yet = match step.decoded {
-            Decoded::Incomplete => true,
+        // The shard charges the item itself.
+        self.shards.budget.release(incoming.bytes);
+        let outcome = match step.decoded {
             Decoded::Command(command, shape) => {
                 let place = self.table.place(command.key);
                 let shard = self.table.shard_of(place.token).0;
@@ -727,11 +754,9 @@ impl Engine {
                 match link {
                     Some(link) if !self.take_credit(link, cost_bytes(&command, &shape), resumed) => {
                         self.block_on(session, id, link, resumed);
-                        true
+                        Outcome::NotYet
                     }
                     _ => {
-                        // The shard charges the item itself.
-                        self.shards.budget.release(incoming.bytes);
                         let planned = Planned {
                             command,
                             shape,
@@ -740,138 +765,25 @@ impl Engine {
                             link,
                         };
                         self.run(session, id, &planned);
-                        false
+                        session.decoder = step.next;
+                        session.swallow = step.swallow;
+                        Outcome::Done
                     }
                 }
             }
-            _ => {
-                self.shards.budget.release(incoming.bytes);
-                self.special(session, id, &step, &[], resumed);
-                false
-            }
+            _ => self.special(session, id, &step, &[], resumed),
         };
-        if not_yet {
-            // Nobody else has the value yet, so this takes it back without copying.
-            incoming.value = Vec::from(value);
-            session.incoming = Some(incoming);
-            return (taken, false);
-        }
-        session.decoder = step.next;
-        session.swallow = step.swallow;
-        (taken + step.used, true)
-    }
-
-    /// Asks all cores. False, and nothing done, when credit is missing somewhere.
-    fn broadcast(
-        &mut self,
-        session: &mut Session,
-        id: u32,
-        broadcast: Broadcast,
-        shape: &Shape<'_>,
-        resumed: Option<u16>,
-    ) -> bool {
-        let cost_bytes = BROADCAST_COST_BYTES;
-        let others: Vec<u16> = (0..self.links.len() as u16)
-            .filter(|link| *link != self.core.0)
-            .collect();
-        for (taken, link) in others.iter().enumerate() {
-            if !self.take_credit(*link, cost_bytes, resumed) {
-                for link in &others[..taken] {
-                    self.links[usize::from(*link)].release_credit(cost_bytes);
-                }
-                self.block_on(session, id, *link, resumed);
-                return false;
+        match outcome {
+            Outcome::NotYet => {
+                self.shards.budget.charge_always(incoming.bytes);
+                // Nobody else has the value yet, so this takes it back without copying.
+                drop(large);
+                incoming.value = Vec::from(value);
+                session.incoming = Some(incoming);
+                (taken, false)
             }
-        }
-        let mut report = self.answer_broadcast(broadcast);
-        if let Report::Connections(connections) = &mut report {
-            // It is taken out of the list while it is served.
-            connections.push(self.connection_facts(id, session));
-        }
-        let gather = Gather {
-            shape_code: shape.code,
-            report,
-            missing: others.len() as u16,
-        };
-        let number = session.expect_gathered(cost_bytes, gather);
-        for link in others {
-            self.metrics.counters.forwarded += 1;
-            let to = Return {
-                session: id,
-                number,
-                protocol: session.protocol,
-            };
-            self.links[usize::from(link)].push_broadcast(to, broadcast);
-        }
-        self.finish_gathering(session, number);
-        true
-    }
-
-    /// Writes the reply of a gathering that misses nobody any more.
-    fn finish_gathering(&mut self, session: &mut Session, number: u32) {
-        let Some(gather) = session.gather(number) else { return };
-        if gather.missing > 0 {
-            return;
-        }
-        let report = std::mem::replace(&mut gather.report, Report::Done);
-        let shape = Shape::code(gather.shape_code);
-        let mut reply = Rope::default();
-        protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
-        let metrics = &mut self.metrics;
-        session.fill_gathered(number, reply, |slot| count_answered(metrics, slot));
-    }
-
-    fn server_facts(&self) -> ServerFacts<'_> {
-        ServerFacts {
-            config: &self.config,
-            process: self.process,
-            now: self.now,
-            memory_bytes_max: self.shards.budget.pool().limit(),
-            cores: self.table.cores(),
-        }
-    }
-
-    /// Does this core's part of a broadcast.
-    fn answer_broadcast(&mut self, broadcast: Broadcast) -> Report {
-        match broadcast {
-            Broadcast::Flush(at) => {
-                self.shards.flush(at, self.now, &mut self.metrics.counters);
-                Report::Done
-            }
-            Broadcast::Metrics { latencies } => {
-                let mut metrics = self.metrics.snapshot(latencies);
-                let counters = &mut metrics.counters;
-                self.shards.count(counters);
-                counters.connections = self.connections;
-                counters.uptime_ns = self.now_ns - self.started_ns;
-                Report::Metrics(vec![(self.core, metrics)])
-            }
-            Broadcast::ResetMetrics => {
-                self.metrics.reset();
-                Report::Done
-            }
-            Broadcast::Connections => {
-                let facts = self.sessions.iter().enumerate().filter_map(|(id, session)| {
-                    let session = session.as_ref().filter(|session| !session.gone)?;
-                    Some(self.connection_facts(id as u32, session))
-                });
-                Report::Connections(facts.collect())
-            }
-            Broadcast::PrefixStats(on) => {
-                self.prefixes = on.then(Prefixes::default);
-                Report::Done
-            }
-            Broadcast::PrefixDump => Report::Prefixes(self.prefixes.as_ref().map(Prefixes::counts).unwrap_or_default()),
-        }
-    }
-
-    fn connection_facts(&self, id: u32, session: &Session) -> ConnectionFacts {
-        ConnectionFacts {
-            core: self.core,
-            number: id,
-            protocol: session.protocol.name().to_owned(),
-            peer: session.peer.clone(),
-            idle_s: self.now.0.saturating_sub(session.last_received_ms) / 1000,
+            Outcome::Done => (taken + step.used, true),
+            Outcome::End => (taken + step.used, false),
         }
     }
 
@@ -887,13 +799,13 @@ impl Engine {
             let mut window = arrayvec::ArrayVec::<Request<'_>, WINDOW>::new();
             while !window.is_full() && !reader.0.is_empty() {
                 let request = Request::read(&mut reader);
-                if request.is_command {
+                if request.kind == Kind::Command {
                     self.shards.prefetch_bucket(request.shard, request.hash);
                 }
                 window.push(request);
             }
             if window.len() > 1 {
-                for request in window.iter().filter(|request| request.is_command) {
+                for request in window.iter().filter(|request| request.kind == Kind::Command) {
                     self.shards.prefetch_item(request.shard, request.hash);
                 }
             }
@@ -910,29 +822,41 @@ impl Engine {
     fn serve(&mut self, link: usize, request: Request<'_>, large: &mut Rope) {
         self.metrics.counters.served_for_others += 1;
         let start = self.links[link].begin_reply(request.to);
-        if request.is_command {
-            // A spliced value belongs to the record whose command says so, and records are read in order.
-            let splice = if reads_large(&request.body) {
-                large.take_splice()
-            } else {
-                None
-            };
-            let value = splice.map(|splice| splice.bytes);
-            let command = read_command(&mut { request.body }, value.as_ref());
-            let (protocol, shape) = (request.protocol, &request.shape);
-            self.execute(
-                request.shard,
-                request.hash,
-                &command,
-                protocol,
-                shape,
-                Target::Link(link),
-            );
-        } else {
-            let report = self.answer_broadcast(read_broadcast(&mut { request.body }));
-            report.push(&mut self.links[link].replies().flat);
+        match request.kind {
+            Kind::Command => {
+                let Request { hash, shard, body, .. } = request;
+                self.serve_command(link, request.protocol, &request.shape, hash, shard, body, large);
+            }
+            Kind::Broadcast => {
+                let report = self.answer_broadcast(read_broadcast(&mut { request.body }));
+                report.push(&mut self.links[link].replies().flat);
+            }
+            Kind::Group => self.serve_group(link, &request, large),
         }
         self.links[link].finish_reply(start);
+    }
+
+    /// Executes a command of another core and encodes the reply for it.
+    #[inline]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a request, taken apart: commands of a group have parts of it in common"
+    )]
+    fn serve_command(
+        &mut self,
+        link: usize,
+        protocol: Protocol,
+        shape: &Shape<'_>,
+        hash: u64,
+        shard: u16,
+        body: Reader<'_>,
+        large: &mut Rope,
+    ) {
+        // A spliced value belongs to the record whose command says so, and records are read in order.
+        let splice = if reads_large(&body) { large.take_splice() } else { None };
+        let value = splice.map(|splice| splice.bytes);
+        let command = read_command(&mut { body }, value.as_ref());
+        self.execute(shard, hash, &command, protocol, shape, Target::Link(link));
     }
 
     /// Replies came from core `from`. The batch is emptied, sessions that waited go on.
@@ -963,15 +887,14 @@ impl Engine {
             splices,
         } = record;
         let mut session = self.take(id).expect("a session stays until all its replies have come");
-        self.links[usize::from(from.0)].release_credit(session.cost_bytes(number));
+        self.ready_output(&mut session);
+        let link = &mut self.links[usize::from(from.0)];
         if let Some(gather) = session.gather(number) {
-            gather
-                .report
-                .merge(Report::read(&mut Reader(&rope.flat[at..at + length])));
-            gather.missing -= 1;
+            link.release_credit(gather.cost_bytes(from.0));
+            gather.take(from.0, rope, at, length, splices);
             self.finish_gathering(&mut session, number);
         } else {
-            self.ready_output(&mut session);
+            link.release_credit(session.cost_bytes(number));
             let metrics = &mut self.metrics;
             session.fill(number, rope, at, length, splices, |slot| count_answered(metrics, slot));
         }
@@ -1111,6 +1034,16 @@ impl Engine {
             }
         }
     }
+}
+
+/// What came of a step.
+enum Outcome {
+    /// Nothing was done: it waits for more input, for credit, or for replies.
+    NotYet,
+    /// It is done; the next one may be.
+    Done,
+    /// It was the connection's last.
+    End,
 }
 
 /// Where a reply is encoded to.

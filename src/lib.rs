@@ -15,6 +15,7 @@
 //!     cores: Some(1),
 //!     memcached: "127.0.0.1:0".parse()?,
 //!     text: Some(Listen::Off),
+//!     protobuf: Listen::Off,
 //!     ..Config::default()
 //! };
 //! let server = Server::start(config)?;
@@ -59,6 +60,7 @@ pub mod budget;
 pub mod config;
 pub mod encoding;
 pub mod engine;
+pub(crate) mod gather;
 pub mod link;
 pub mod metrics;
 pub mod model;

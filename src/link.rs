@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! request   0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
-//!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command or broadcast
+//!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command, the broadcast,
+//!          or the members of a group, each: 0 length of the rest u32   4 hash u64   12 shard u16   14 command
 //! reply     0 session u32   4 number u32   8 length u32   12 large values u16   14 unused u16   16 what to send
 //! ```
 
@@ -162,6 +163,29 @@ impl Link {
         finish(rope, start);
     }
 
+    /// Begins a group of commands, whose reply is several results. Members follow, then [`Link::finish_group`].
+    pub(crate) fn begin_group(&mut self, to: Return, shape_code: u32) -> usize {
+        push_header(&mut self.requests.rope, to, GROUP, 0, 0, &Shape::code(shape_code))
+    }
+
+    /// Adds a command to the group that was begun last.
+    #[inline]
+    pub(crate) fn push_member(&mut self, hash: u64, shard: u16, command: &Command<'_>) {
+        let rope = &mut self.requests.rope;
+        let start = rope.flat.len();
+        rope.push(&[0; 4]);
+        rope.push(&hash.to_le_bytes());
+        rope.push(&shard.to_le_bytes());
+        push_command(rope, command);
+        let length = (rope.flat.len() - start - 4) as u32;
+        rope.flat[start..start + 4].copy_from_slice(&length.to_le_bytes());
+    }
+
+    /// Ends the group that began at `start`.
+    pub(crate) fn finish_group(&mut self, start: usize) {
+        finish(&mut self.requests.rope, start);
+    }
+
     /// Begins a reply: what follows it in the rope is its content, until [`Link::finish_reply`].
     #[inline]
     pub(crate) fn begin_reply(&mut self, to: ReturnBytes<'_>) -> ReplyStart {
@@ -217,6 +241,18 @@ const REPLY_HEADER_BYTES: usize = 16;
 const RETURN_BYTES: usize = 8;
 const COMMAND: u8 = 0;
 const BROADCAST: u8 = 1;
+const GROUP: u8 = 2;
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// One command.
+    Command,
+    /// Something of all shards.
+    Broadcast,
+    /// Several commands.
+    Group,
+}
 
 /// What a command takes of a link's credit: its record, nearly, and its value.
 #[inline]
@@ -262,8 +298,8 @@ pub(crate) struct Request<'a> {
     pub(crate) hash: u64,
     pub(crate) shard: u16,
     pub(crate) shape: Shape<'a>,
-    pub(crate) is_command: bool,
-    /// The command or broadcast.
+    pub(crate) kind: Kind,
+    /// The command, the broadcast, or the [`Member`]s.
     pub(crate) body: Reader<'a>,
 }
 
@@ -276,7 +312,11 @@ impl<'a> Request<'a> {
         let to = ReturnBytes(reader.bytes(RETURN_BYTES));
         let (hash, shard) = (reader.u64(), reader.u16());
         let protocol = Protocol::ALL[usize::from(reader.u8())];
-        let is_command = reader.u8() == COMMAND;
+        let kind = match reader.u8() {
+            COMMAND => Kind::Command,
+            BROADCAST => Kind::Broadcast,
+            _ => Kind::Group,
+        };
         let (code, text_len) = (reader.u32(), usize::from(reader.u16()));
         reader.u16();
         let text = reader.bytes(text_len);
@@ -286,8 +326,30 @@ impl<'a> Request<'a> {
             hash,
             shard,
             shape: Shape { code, text },
-            is_command,
+            kind,
             body: reader,
+        }
+    }
+}
+
+/// One command of a group.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Member<'a> {
+    pub(crate) hash: u64,
+    pub(crate) shard: u16,
+    pub(crate) command: Reader<'a>,
+}
+
+impl<'a> Member<'a> {
+    /// The next member.
+    #[inline]
+    pub(crate) fn read(members: &mut Reader<'a>) -> Self {
+        let length = members.u32() as usize;
+        let mut command = Reader(members.bytes(length));
+        Self {
+            hash: command.u64(),
+            shard: command.u16(),
+            command,
         }
     }
 }

@@ -4,10 +4,12 @@
 
 use clap::Parser;
 use memkv::config::Config;
+use memkv::protocol::Protocol;
 use memkv::runtime::{Server, Stopper};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
@@ -67,6 +69,10 @@ fn announce(server: &Server) -> std::io::Result<()> {
     }
     for (protocol, address) in server.addresses() {
         writeln!(out, "listening {} {address}", protocol.name())?;
+    }
+    let host = server.address(Protocol::Protobuf).map(|address| address.ip());
+    for (core, (port, host)) in server.core_ports().iter().zip(host.iter().cycle()).enumerate() {
+        writeln!(out, "listening protobuf {} core {core}", SocketAddr::new(*host, *port))?;
     }
     writeln!(out, "ready")?;
     out.flush()

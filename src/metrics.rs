@@ -18,6 +18,11 @@ macro_rules! counters {
                 $(self.$name += other.$name;)*
             }
 
+            /// Each with its name.
+            pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name)),*].into_iter()
+            }
+
             fn push(&self, out: &mut Vec<u8>) {
                 $(out.extend_from_slice(&self.$name.to_le_bytes());)*
             }

@@ -5,13 +5,16 @@
 //! [`Shape`], opaque to everything in between, so the core that owns a key encodes the reply, wherever the connection is.
 
 pub mod memcached;
+pub mod protobuf;
 pub mod text;
 
 use crate::encoding::Rope;
 use crate::metrics::Report;
 use crate::model::{Broadcast, Command, Reply, UnixMillis};
+use crate::partition::RangeTable;
 use bumpalo::Bump;
 use bytes::Bytes;
+use std::cell::OnceCell;
 
 /// The protocols that connections speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,15 +24,17 @@ pub enum Protocol {
     Memcached = 0,
     /// The simple text protocol: set, get, delete.
     Text = 1,
+    /// The protobuf protocol of `proto/memkv.proto`.
+    Protobuf = 2,
 }
 
 impl Protocol {
     /// All protocols, in the order of their numbers.
-    pub const ALL: [Protocol; 2] = [Protocol::Memcached, Protocol::Text];
+    pub const ALL: [Protocol; 3] = [Protocol::Memcached, Protocol::Text, Protocol::Protobuf];
 
     /// The name in options, logs and statistics.
     pub fn name(self) -> &'static str {
-        ["memcached", "text"][self as usize]
+        ["memcached", "text", "protobuf"][self as usize]
     }
 }
 
@@ -60,8 +65,14 @@ pub struct Env<'a> {
     pub value_bytes_max: usize,
     /// Clients may stop the server.
     pub shutdown_enabled: bool,
+    /// The longest request of a protocol that frames its requests, in bytes.
+    pub request_bytes_max: usize,
+    /// The most keys of one request.
+    pub request_keys_max: usize,
     /// Room for bytes that are not in the input as they are needed, such as decoded keys. Emptied with every batch.
     pub arena: &'a Bump,
+    /// Room for the one large value that is a part of what was collected.
+    pub large: &'a OnceCell<Bytes>,
 }
 
 /// What the front of the input means.
@@ -75,19 +86,21 @@ pub enum Decoded<'a> {
     Command(Command<'a>, Shape<'a>),
     /// A request for all shards.
     Broadcast(Broadcast, Shape<'a>),
+    /// A request for several keys, which are answered together. Not empty.
+    Group(&'a [Command<'a>], Shape<'a>),
     /// An answer that needs no shard.
-    Answer(&'static [u8]),
+    Answer(&'a [u8]),
     /// A refused request: the answer, counted as a bad request.
-    Refused(&'static [u8]),
-    /// The used bytes announce a value of this many bytes, which is to be collected into memory of its own. When it is whole,
-    /// the decoder is asked again through [`Decoder::with_value`].
+    Refused(&'a [u8]),
+    /// The used bytes announce a value (or a long rest of a request) of this many bytes, which is to be collected into memory
+    /// of its own. When it is whole, the decoder is asked again through [`Decoder::with_value`].
     Value(usize),
-    /// The answer needs the server's configuration.
-    Settings,
+    /// The answer needs no shard, but facts about the server.
+    About(Shape<'a>),
     /// A new memory limit, in bytes, with the answer.
     MemoryLimit(u64, &'static [u8]),
-    /// The client ends the connection, or the protocol does: nothing more is answered.
-    Close,
+    /// The client ends the connection, or the protocol does: nothing is answered behind these last words.
+    Close(&'a [u8]),
     /// The client ends the server.
     Shutdown,
 }
@@ -112,6 +125,8 @@ pub enum Decoder {
     Memcached(memcached::State),
     /// See [`text`].
     Text(text::State),
+    /// See [`protobuf`]: what is left of a request stands in the input.
+    Protobuf,
 }
 
 impl Decoder {
@@ -120,6 +135,7 @@ impl Decoder {
         match protocol {
             Protocol::Memcached => Decoder::Memcached(memcached::State::default()),
             Protocol::Text => Decoder::Text(text::State::default()),
+            Protocol::Protobuf => Decoder::Protobuf,
         }
     }
 
@@ -129,6 +145,7 @@ impl Decoder {
         match self {
             Decoder::Memcached(state) => memcached::step(state, input, env),
             Decoder::Text(state) => text::step(state, input, env),
+            Decoder::Protobuf => protobuf::step(input, env),
         }
     }
 
@@ -138,6 +155,7 @@ impl Decoder {
         match self {
             Decoder::Memcached(_) => memcached::with_value(header, value, rest, env),
             Decoder::Text(_) => text::with_value(header, value, rest, env),
+            Decoder::Protobuf => protobuf::with_value(header, value, env),
         }
     }
 
@@ -146,6 +164,7 @@ impl Decoder {
         match self {
             Decoder::Memcached(_) => memcached::without_memory(header, env),
             Decoder::Text(_) => text::without_memory(header, env),
+            Decoder::Protobuf => protobuf::without_memory(header, env),
         }
     }
 }
@@ -174,8 +193,10 @@ pub struct ServerFacts<'a> {
     pub now: UnixMillis,
     /// The memory limit now in force.
     pub memory_bytes_max: u64,
-    /// How many cores serve.
-    pub cores: u16,
+    /// Which core owns what.
+    pub table: &'a RangeTable,
+    /// By core: the port at which it alone serves. Empty when there are none.
+    pub core_ports: &'a [u16],
 }
 
 /// Encodes the reply to a command.
@@ -184,6 +205,15 @@ pub fn encode(protocol: Protocol, shape: &Shape<'_>, key: &[u8], reply: &Reply<'
     match protocol {
         Protocol::Memcached => memcached::encode(shape, key, reply, now, out),
         Protocol::Text => text::encode(shape, key, reply, out),
+        Protocol::Protobuf => protobuf::encode(shape, reply, out),
+    }
+}
+
+/// Encodes what stands before the replies to the commands of a group, which are `replies_bytes` long together.
+pub fn encode_group(protocol: Protocol, shape: &Shape<'_>, replies_bytes: usize, out: &mut Rope) {
+    match protocol {
+        Protocol::Memcached | Protocol::Text => {}
+        Protocol::Protobuf => protobuf::encode_group(shape, replies_bytes, out),
     }
 }
 
@@ -192,22 +222,25 @@ pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, ser
     match protocol {
         Protocol::Memcached => memcached::encode_report(shape, report, server, out),
         Protocol::Text => text::encode_report(out),
+        Protocol::Protobuf => protobuf::encode_report(shape, report, server, out),
     }
 }
 
-/// Encodes the answer to [`Decoded::Settings`].
-pub fn encode_settings(protocol: Protocol, server: &ServerFacts<'_>, out: &mut Rope) {
+/// Encodes the answer to [`Decoded::About`].
+pub fn encode_about(protocol: Protocol, shape: &Shape<'_>, server: &ServerFacts<'_>, out: &mut Rope) {
     match protocol {
         Protocol::Memcached => memcached::encode_settings(server, out),
         Protocol::Text => {}
+        Protocol::Protobuf => protobuf::encode_topology(shape, server, out),
     }
 }
 
 /// What a connection over the limit is told before it is closed.
-pub fn refusal(protocol: Protocol) -> &'static [u8] {
+pub fn refusal(protocol: Protocol) -> Vec<u8> {
     match protocol {
-        Protocol::Memcached => b"ERROR Too many open connections\r\n",
-        Protocol::Text => b"",
+        Protocol::Memcached => b"ERROR Too many open connections\r\n".to_vec(),
+        Protocol::Text => vec![],
+        Protocol::Protobuf => protobuf::refusal(),
     }
 }
 

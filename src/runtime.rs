@@ -60,6 +60,7 @@ impl Shared {
 #[derive(Debug)]
 pub struct Server {
     addresses: Vec<(Protocol, SocketAddr)>,
+    core_ports: Arc<[u16]>,
     loaded: Option<LoadReport>,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -123,6 +124,7 @@ impl Server {
             listeners,
             sockets,
             addresses,
+            core_ports,
         } = bind(&config, cores)?;
 
         let mut config = config;
@@ -131,6 +133,7 @@ impl Server {
             match protocol {
                 Protocol::Memcached => config.memcached = Listen::At(*address),
                 Protocol::Text => config.text = Some(Listen::At(*address)),
+                Protocol::Protobuf => config.protobuf = Listen::At(*address),
             }
         }
         host::check_open_files(config.limits.connections_max, cores);
@@ -158,6 +161,7 @@ impl Server {
                 shared: shared.clone(),
                 mesh,
                 listeners,
+                core_ports: core_ports.clone(),
                 clock,
             };
             let slot = boot.slot();
@@ -167,6 +171,7 @@ impl Server {
         }
         let mut server = Self {
             addresses,
+            core_ports,
             loaded: None,
             shared,
             threads,
@@ -195,6 +200,11 @@ impl Server {
             .iter()
             .find(|(of, _)| *of == protocol)
             .map(|(_, address)| *address)
+    }
+
+    /// By core: the port at which it alone serves the protobuf protocol. Empty without `--core-ports`.
+    pub fn core_ports(&self) -> &[u16] {
+        &self.core_ports
     }
 
     /// What was loaded at start, when something was.
@@ -308,6 +318,7 @@ struct Core {
     shared: Arc<Shared>,
     mesh: Mesh,
     listeners: Vec<net::Listener>,
+    core_ports: Arc<[u16]>,
     clock: pump::Clock,
 }
 
@@ -337,6 +348,7 @@ impl Core {
         let (config, table) = (self.config.clone(), self.table);
         let spinning = self.cpu.is_some();
         let mut engine = Engine::new(self.id, table, self.pool, config.clone(), clock.wall());
+        engine.set_core_ports(self.core_ports);
         let loaded = match &config.load {
             Some(path) => load::load(path, self.id, config.load_strict, &mut engine).map(Some),
             None => Ok(None),
@@ -375,6 +387,10 @@ fn check_limits(config: &Config, memory_bytes_max: u64) -> Result<(), StartError
             limits.item_size_max
         )));
     }
+    let request_bytes_max = limits.request_bytes_max();
+    if !(4096..=2 << 30).contains(&request_bytes_max) {
+        return Err(StartError("--request-bytes-max must be 4k to 2g".to_owned()));
+    }
     if limits.input_bytes_max.0 < 4096 || limits.output_bytes_max.0 < 4096 {
         return Err(StartError(
             "--input-bytes-max and --output-bytes-max must be 4096 or more".to_owned(),
@@ -406,25 +422,22 @@ struct Bound {
     /// The same sockets once more, to begin listening on all of them at one place.
     sockets: Vec<Socket>,
     addresses: Vec<(Protocol, SocketAddr)>,
+    core_ports: Arc<[u16]>,
 }
 
-/// Binds every listener once per core, so that every core can accept.
+/// Binds every listener once per core, so that every core can accept, and each core's own.
 fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
     let text = config.text_listen().map_err(StartError)?;
     let mut listeners: Vec<Vec<net::Listener>> = (0..cores).map(|_| vec![]).collect();
     let (mut addresses, mut sockets) = (vec![], vec![]);
-    for (protocol, listen) in [(Protocol::Memcached, config.memcached), (Protocol::Text, text)] {
+    let shared_by_all = [
+        (Protocol::Memcached, config.memcached),
+        (Protocol::Text, text),
+        (Protocol::Protobuf, config.protobuf),
+    ];
+    for (protocol, listen) in shared_by_all {
         let Listen::At(mut address) = listen else { continue };
-        let failed = |address: SocketAddr, error: std::io::Error| {
-            let remedy = match error.kind() {
-                std::io::ErrorKind::AddrInUse => "another process listens there; stop it, or choose another port",
-                std::io::ErrorKind::PermissionDenied => "ports below 1024 need a privilege; choose another port",
-                std::io::ErrorKind::AddrNotAvailable => "no interface of this machine has that address",
-                _ => "choose another address",
-            };
-            let name = protocol.name();
-            StartError(format!("cannot listen on {address} (--{name}): {error}: {remedy}"))
-        };
+        let failed = |address, error| cannot_listen(protocol.name(), address, &error);
         if address.port() != 0 {
             // With SO_REUSEPORT a second server of the same user would silently share the port: look without it first.
             listener(address, false).map_err(|error| failed(address, error))?;
@@ -435,7 +448,7 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
                 address = bound;
             }
             sockets.push(socket.try_clone().map_err(|error| failed(address, error))?);
-            per_core.push(net::Listener::new(socket.into(), protocol));
+            per_core.push(net::Listener::new(socket.into(), protocol, false));
         }
         addresses.push((protocol, address));
     }
@@ -444,11 +457,47 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
             "every listener is off: there would be nothing to serve".to_owned(),
         ));
     }
+    let mut core_ports = vec![];
+    if let Some(base) = config.core_ports {
+        let Listen::At(address) = config.protobuf else {
+            return Err(StartError("--core-ports needs --protobuf, which is off".to_owned()));
+        };
+        for (core, per_core) in listeners.iter_mut().enumerate() {
+            let port = match base {
+                0 => Some(0),
+                base => u16::try_from(usize::from(base) + core).ok(),
+            };
+            let Some(port) = port else {
+                let last = usize::from(base) + usize::from(cores) - 1;
+                return Err(StartError(format!(
+                    "--core-ports {base}: the last of {cores} ports would be {last}"
+                )));
+            };
+            let address = SocketAddr::new(address.ip(), port);
+            let failed = |error| cannot_listen("core-ports", address, &error);
+            let socket = listener(address, false).map_err(failed)?;
+            let bound = socket.local_addr().map_err(failed)?.as_socket();
+            core_ports.push(bound.map_or(port, |bound| bound.port()));
+            sockets.push(socket.try_clone().map_err(failed)?);
+            per_core.push(net::Listener::new(socket.into(), Protocol::Protobuf, true));
+        }
+    }
     Ok(Bound {
         listeners,
         sockets,
         addresses,
+        core_ports: core_ports.into(),
     })
+}
+
+fn cannot_listen(option: &str, address: SocketAddr, error: &std::io::Error) -> StartError {
+    let remedy = match error.kind() {
+        std::io::ErrorKind::AddrInUse => "another process listens there; stop it, or choose another port",
+        std::io::ErrorKind::PermissionDenied => "ports below 1024 need a privilege; choose another port",
+        std::io::ErrorKind::AddrNotAvailable => "no interface of this machine has that address",
+        _ => "choose another address",
+    };
+    StartError(format!("cannot listen on {address} (--{option}): {error}: {remedy}"))
 }
 
 fn listener(address: SocketAddr, shared: bool) -> std::io::Result<Socket> {

@@ -2,7 +2,7 @@
 //! sent.
 
 use crate::encoding::Rope;
-use crate::metrics::Report;
+use crate::gather::Gather;
 use crate::model::Class;
 use crate::protocol::{Decoder, Protocol};
 use std::collections::VecDeque;
@@ -31,15 +31,6 @@ enum SlotState {
     Whole(Box<Rope>),
     /// Several cores are at it.
     Gathering(Box<Gather>),
-}
-
-/// A request that all cores answer.
-#[derive(Debug)]
-pub(crate) struct Gather {
-    pub(crate) shape_code: u32,
-    pub(crate) report: Report,
-    /// How many cores have not answered.
-    pub(crate) missing: u16,
 }
 
 /// Why a connection's requests are not begun.
@@ -75,8 +66,8 @@ pub(crate) struct Session {
     pub(crate) incoming: Option<Incoming>,
     /// How many bytes of input are to be dropped unread.
     pub(crate) swallow: usize,
-    /// How many replies that several cores give together are under way.
-    gathering: u32,
+    /// How many reports of all cores are under way.
+    reports: u32,
     pub(crate) output: Output,
     replies: Replies,
     pub(crate) blocked: Blocked,
@@ -112,7 +103,7 @@ impl Session {
             input: vec![],
             incoming: None,
             swallow: 0,
-            gathering: 0,
+            reports: 0,
             output: Output::default(),
             replies: Replies::default(),
             blocked: Blocked::No,
@@ -187,14 +178,14 @@ impl Session {
     }
 
     /// Makes room for a reply that several cores give together.
-    pub(crate) fn expect_gathered(&mut self, cost_bytes: u32, gather: Gather) -> u32 {
-        self.gathering += 1;
-        self.push_slot(Class::Other, cost_bytes, SlotState::Gathering(Box::new(gather)))
+    pub(crate) fn expect_gathered(&mut self, class: Class, gather: Gather) -> u32 {
+        self.reports += u32::from(gather.is_report());
+        self.push_slot(class, 0, SlotState::Gathering(Box::new(gather)))
     }
 
-    /// A reply that several cores give together is under way.
-    pub(crate) fn is_gathering(&self) -> bool {
-        self.gathering > 0
+    /// A report of all cores is under way.
+    pub(crate) fn awaits_report(&self) -> bool {
+        self.reports > 0
     }
 
     fn push_slot(&mut self, class: Class, cost_bytes: u32, state: SlotState) -> u32 {
@@ -242,6 +233,7 @@ impl Session {
     }
 
     /// The gathering at slot `number`.
+    #[inline]
     pub(crate) fn gather(&mut self, number: u32) -> Option<&mut Gather> {
         let index = number.wrapping_sub(self.replies.first) as usize;
         match &mut self.replies.slots[index].state {
@@ -250,11 +242,26 @@ impl Session {
         }
     }
 
-    /// Fills a slot whose cores have all answered.
+    /// Takes what was gathered at slot `number`, when nobody is missing: the reply is to follow.
+    pub(crate) fn take_gathered(&mut self, number: u32) -> Option<Gather> {
+        let index = number.wrapping_sub(self.replies.first) as usize;
+        let state = &mut self.replies.slots[index].state;
+        match std::mem::replace(state, SlotState::Waiting) {
+            SlotState::Gathering(gather) if gather.is_complete() => {
+                self.reports -= u32::from(gather.is_report());
+                Some(*gather)
+            }
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+
+    /// Fills the slot of what was gathered.
     pub(crate) fn fill_gathered(&mut self, number: u32, reply: Rope, left: impl FnMut(&Slot)) {
         let index = number.wrapping_sub(self.replies.first) as usize;
         self.replies.slots[index].state = SlotState::Whole(Box::new(reply));
-        self.gathering -= 1;
         self.drain(left);
     }
 

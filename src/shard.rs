@@ -257,9 +257,18 @@ impl Shard {
             }
         }
         let version = self.version_of(put.version);
+        // A large value that came among others gets memory of its own, to be sent without copying.
+        let own;
+        let value = match put.value {
+            Value::Small(bytes) if bytes.len() >= LARGE_VALUE_BYTES => {
+                own = Bytes::copy_from_slice(bytes);
+                Value::Large(&own)
+            }
+            value => value,
+        };
         let parts = Parts {
             key,
-            value: put.value,
+            value,
             flags: put.flags,
             deadline,
             version,

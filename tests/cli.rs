@@ -17,6 +17,7 @@ fn start() -> (Server, SocketAddr) {
         cores: Some(1),
         memcached: "127.0.0.1:0".parse().unwrap(),
         text: Some(Listen::Off),
+        protobuf: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()
     };
     let server = Server::start(config).unwrap();

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "in a test, the assertion")]
 
 use memkv::config::{Config, Listen, PartitionerChoice};
+use memkv::proto;
 use memkv::protocol::Protocol;
 use memkv::runtime::Server;
+use prost::Message;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
@@ -15,6 +17,7 @@ fn config(cores: u16) -> Config {
         cores: Some(cores),
         memcached: "127.0.0.1:0".parse().unwrap(),
         text: Some("127.0.0.1:0".parse().unwrap()),
+        protobuf: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()
     }
 }
@@ -41,11 +44,72 @@ fn random(seed: &mut u64) -> u64 {
     *seed >> 33
 }
 
+/// A request to write, and the answer to it.
+fn set_request(protocol: Protocol, key: &str, value: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let header = match protocol {
+        Protocol::Memcached => format!("set {key} 0 0 {}\r\n", value.len()),
+        Protocol::Text => format!("set {key} {}\r\n", value.len()),
+        Protocol::Protobuf => {
+            let entry = proto::Entry {
+                key: key.into(),
+                value: value.into(),
+                ..proto::Entry::default()
+            };
+            let entries = vec![entry];
+            return protobuf(
+                proto::message::Command::Set(proto::Set { entries }),
+                proto::KeyResult::default(),
+            );
+        }
+    };
+    let request = [header.as_bytes(), value, b"\r\n"].concat();
+    (request, b"STORED\r\n".to_vec())
+}
+
+/// A request to read, and the answer to it.
+fn get_request(protocol: Protocol, key: &str, value: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let header = match protocol {
+        Protocol::Memcached => format!("VALUE {key} 0 {}\r\n", value.len()),
+        Protocol::Text => format!("VALUE {key} {} \r\n", value.len()),
+        Protocol::Protobuf => {
+            let keys = vec![key.into()];
+            let get = proto::Get {
+                keys,
+                with_version: false,
+            };
+            let found = proto::KeyResult {
+                value: value.to_vec().into(),
+                ..proto::KeyResult::default()
+            };
+            return protobuf(proto::message::Command::Get(get), found);
+        }
+    };
+    let expected = [header.as_bytes(), value, b"\r\nEND\r\n"].concat();
+    (format!("get {key}\r\n").into_bytes(), expected)
+}
+
+fn protobuf(command: proto::message::Command, result: proto::KeyResult) -> (Vec<u8>, Vec<u8>) {
+    let id = 300;
+    let request = proto::Message {
+        id,
+        command: Some(command),
+    };
+    let response = proto::Response {
+        id,
+        results: vec![result],
+        ..proto::Response::default()
+    };
+    (
+        request.encode_length_delimited_to_vec(),
+        response.encode_length_delimited_to_vec(),
+    )
+}
+
 /// A thousand clients at once each set a random key (to 30 bytes) and value (to 1,000 bytes), and find what they wrote.
 #[test]
 fn a_thousand_clients_find_what_they_wrote() {
     let server = Server::start(config(2)).unwrap();
-    for protocol in [Protocol::Memcached, Protocol::Text] {
+    for protocol in Protocol::ALL {
         let address = server.address(protocol).unwrap();
         let workers: Vec<_> = (0..20u64)
             .map(|worker| {
@@ -59,22 +123,13 @@ fn a_thousand_clients_find_what_they_wrote() {
                         let key = format!("{worker}:{number}:{}", "k".repeat(length));
                         let bytes = random(&mut seed) as usize % 1000 + 1;
                         let value: Vec<u8> = (0..bytes).map(|_| random(&mut seed) as u8).collect();
-                        let header = match protocol {
-                            Protocol::Memcached => format!("set {key} 0 0 {bytes}\r\n"),
-                            Protocol::Text => format!("set {key} {bytes}\r\n"),
-                        };
-                        let request = [header.as_bytes(), &value, b"\r\n"].concat();
-                        assert_eq!(ask(client, &request, 8), b"STORED\r\n");
+                        let (request, expected) = set_request(protocol, &key, &value);
+                        assert_eq!(ask(client, &request, expected.len()), expected);
                         wrote.push((key, value));
                     }
                     for (client, (key, value)) in clients.iter_mut().zip(&wrote) {
-                        let header = match protocol {
-                            Protocol::Memcached => format!("VALUE {key} 0 {}\r\n", value.len()),
-                            Protocol::Text => format!("VALUE {key} {} \r\n", value.len()),
-                        };
-                        let expected = [header.as_bytes(), value, b"\r\nEND\r\n"].concat();
-                        let request = format!("get {key}\r\n");
-                        assert_eq!(ask(client, request.as_bytes(), expected.len()), expected);
+                        let (request, expected) = get_request(protocol, key, value);
+                        assert_eq!(ask(client, &request, expected.len()), expected);
                     }
                 })
             })
@@ -467,18 +522,36 @@ fn the_binary_and_its_exit_codes() {
         command.env_remove("SERVER_PORT").env_remove("KV_DATA_FILE_PATH");
         command
     };
-    let mut child = run(&["--cores", "1", "--memcached", "127.0.0.1:0", "--text", "off"])
-        .spawn()
-        .unwrap();
+    let mut child = run(&[
+        "--cores",
+        "1",
+        "--memcached",
+        "127.0.0.1:0",
+        "--text",
+        "off",
+        "--protobuf",
+        "off",
+    ])
+    .spawn()
+    .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let listening = lines.next().unwrap().unwrap();
     let address: SocketAddr = listening.strip_prefix("listening memcached ").unwrap().parse().unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "ready");
     let mut client = connect(address);
     assert_eq!(ask(&mut client, b"mn\r\n", 4), b"MN\r\n");
-    let taken = run(&["--cores", "1", "--memcached", &address.to_string(), "--text", "off"])
-        .output()
-        .unwrap();
+    let taken = run(&[
+        "--cores",
+        "1",
+        "--memcached",
+        &address.to_string(),
+        "--text",
+        "off",
+        "--protobuf",
+        "off",
+    ])
+    .output()
+    .unwrap();
     assert_eq!(taken.status.code(), Some(1));
     let said = String::from_utf8(taken.stderr).unwrap();
     assert!(
@@ -496,7 +569,7 @@ fn the_binary_and_its_exit_codes() {
     let mut limited = Command::new("sh");
     limited.args([
         "-c",
-        "ulimit -n 60; exec \"$0\" --cores 1 --memcached 127.0.0.1:0 --text off",
+        "ulimit -n 60; exec \"$0\" --cores 1 --memcached 127.0.0.1:0 --text off --protobuf off",
     ]);
     limited
         .arg(env!("CARGO_BIN_EXE_memkv-tpc"))

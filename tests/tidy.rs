@@ -18,12 +18,17 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("metrics", &["encoding", "model"]),
     // L1: siblings that never import each other.
     ("store", &["budget", "model", "partition"]),
-    ("protocol", &["config", "encoding", "metrics", "model"]),
+    ("proto", &[]),
+    (
+        "protocol",
+        &["config", "encoding", "metrics", "model", "partition", "proto"],
+    ),
     // L2: what a command does.
     ("shard", &["budget", "metrics", "model", "partition", "store"]),
     ("shards", &["budget", "metrics", "model", "partition", "shard"]),
     // L3: one connection, one core.
-    ("session", &["encoding", "metrics", "model", "protocol"]),
+    ("gather", &["encoding", "metrics", "protocol"]),
+    ("session", &["encoding", "gather", "model", "protocol"]),
     ("link", &["encoding", "model", "partition", "protocol"]),
     (
         "engine",
@@ -31,6 +36,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "budget",
             "config",
             "encoding",
+            "gather",
             "link",
             "metrics",
             "model",
@@ -46,7 +52,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["budget", "config", "engine", "link", "model", "partition", "protocol"],
     ),
     // L5: the command lines.
-    ("main", &["config", "runtime"]),
+    ("main", &["config", "protocol", "runtime"]),
     ("bin", &["config"]),
 ];
 

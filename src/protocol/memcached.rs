@@ -227,7 +227,7 @@ fn other_line<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         // With more blanks than this, the line must have an end like any other.
         let too_long = blanks > GET_BLANKS_MAX && matches!(line(input), Line::TooLong);
         let step = match &input[blanks..] {
-            _ if too_long => return at_line(Decoded::Close, 0),
+            _ if too_long => return at_line(Decoded::Close(b""), 0),
             [] => return at_line(Decoded::Incomplete, 0),
             rest => step(State::Line, rest, env),
         };
@@ -237,7 +237,7 @@ fn other_line<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
     let (line, used) = match line(input) {
         Line::Whole(line, used) => (line, used),
         Line::Incomplete => return at_line(Decoded::Incomplete, 0),
-        Line::TooLong => return at_line(Decoded::Close, 0),
+        Line::TooLong => return at_line(Decoded::Close(b""), 0),
     };
     let rest = &input[used..];
     let verb_length = line.iter().position(|byte| *byte == b' ').unwrap_or(line.len());
@@ -282,7 +282,7 @@ fn other_line<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         b"gats" => get_and_touch(true, arguments, used, env),
         b"ms" => meta::set(arguments, Source::Input(rest), used, env),
         b"mg" | b"md" | b"ma" | b"me" | b"mn" => meta::decode(verb, arguments, used, env),
-        _ if is_http(line) => at_line(Decoded::Close, used),
+        _ if is_http(line) => at_line(Decoded::Close(b""), used),
         _ => at_line(short_command(verb, arguments, env), used),
     }
 }
@@ -548,7 +548,7 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
             Decoded::Broadcast(Broadcast::Flush(at), Shape::code(kind::DONE | reply))
         }
         (b"version", _) => Decoded::Answer(concat!("VERSION ", version!(), "\r\n").as_bytes()),
-        (b"quit", _) => Decoded::Close,
+        (b"quit", _) => Decoded::Close(b""),
         (b"verbosity", 1..=2) => match parse_u64(field()) {
             // Accepted, for scripts that send it; the log's level is set at start.
             Some(_) => answer(OK),
@@ -567,7 +567,7 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
         (b"lru_crawler", 1..) => Decoded::Refused(b"CLIENT_ERROR lru crawler disabled\r\n"),
         (b"refresh_certs", _) => Decoded::Refused(b"Error TLS not enabled\r\n"),
         // A browser, or a page that talks to a local port.
-        _ if words(arguments).last().unwrap_or(verb).starts_with(b"HTTP/") => Decoded::Close,
+        _ if words(arguments).last().unwrap_or(verb).starts_with(b"HTTP/") => Decoded::Close(b""),
         _ => Decoded::Refused(ERROR),
     }
 }
@@ -577,7 +577,7 @@ fn stats(what: &[u8], argument: &[u8], second: &[u8]) -> Decoded<'static> {
     let collect = |broadcast, code| Decoded::Broadcast(broadcast, Shape::code(code));
     match (what, argument) {
         (b"", _) => collect(METRICS, kind::STATS),
-        (b"settings", _) => Decoded::Settings,
+        (b"settings", _) => Decoded::About(Shape::code(0)),
         (b"items", _) => collect(METRICS, kind::STATS_ITEMS),
         (b"latency", _) => collect(Broadcast::Metrics { latencies: true }, kind::STATS_LATENCY),
         (b"cores", _) => collect(METRICS, kind::STATS_CORES),
@@ -683,7 +683,7 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
         (_, Report::Connections(connections)) => {
             for facts in connections {
                 // Connection numbers are per core; together they are one number per connection.
-                let id = u64::from(facts.number) * u64::from(server.cores) + u64::from(facts.core.0);
+                let id = u64::from(facts.number) * u64::from(server.table.cores()) + u64::from(facts.core.0);
                 stat(out, format_args!("{id}:addr"), format_args!("tcp:{}", facts.peer));
                 stat(out, format_args!("{id}:state"), "conn_read");
                 stat(out, format_args!("{id}:protocol"), &facts.protocol);
@@ -694,7 +694,8 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
         (_, Report::Prefixes(prefixes)) => {
             for (prefix, counts) in prefixes {
                 out.push(b"PREFIX ");
-                out.push(prefix);
+                // Another protocol's key may hold anything, line ends too.
+                let _ = write!(out.flat, "{}", prefix.escape_ascii());
                 let (gets, hits, sets, deletes) = (counts.gets, counts.hits, counts.sets, counts.deletes);
                 let _ = write!(out.flat, " get {gets} hit {hits} set {sets} del {deletes}\r\n");
             }
@@ -758,7 +759,7 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("bytes_written", c.bytes_sent),
         ("limit_maxbytes", server.memory_bytes_max),
         ("accepting_conns", 1),
-        ("threads", u64::from(server.cores)),
+        ("threads", u64::from(server.table.cores())),
         ("hash_bytes", c.index_bytes),
         ("bytes", c.item_bytes),
         ("curr_items", c.items),
@@ -856,7 +857,7 @@ pub(super) fn encode_settings(server: &ServerFacts<'_>, out: &mut Rope) {
         "shutdown_command",
         if config.enable_shutdown { "yes" } else { "no" },
     );
-    stat(out, "num_threads", server.cores);
+    stat(out, "num_threads", server.table.cores());
     stat(out, "cas_enabled", "yes");
     stat(out, "tcp_backlog", limits.backlog);
     stat(out, "item_size_max", limits.item_size_max.0);

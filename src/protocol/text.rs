@@ -43,10 +43,10 @@ pub(super) fn step<'a>(state: State, input: &'a [u8], env: &Env<'a>) -> Step<'a>
     let (line, used) = match line(input) {
         Line::Whole(line, used) => (line, used),
         Line::Incomplete => return at_line(Decoded::Incomplete, 0),
-        Line::TooLong => return at_line(Decoded::Close, 0),
+        Line::TooLong => return at_line(Decoded::Close(b""), 0),
     };
     if is_http(line) {
-        return at_line(Decoded::Close, used);
+        return at_line(Decoded::Close(b""), used);
     }
     let mut words = words(line);
     match (words.next(), words.next(), words.next(), words.next()) {

@@ -173,6 +173,8 @@ impl Connection {
 pub(super) struct Listener {
     pub(super) socket: Option<OwnedFd>,
     pub(super) protocol: Protocol,
+    /// Its connections stay on this core, whatever the others have to do.
+    stays: bool,
     armed: bool,
     /// When accepting may be tried again after an error.
     rest_until_ns: u64,
@@ -180,10 +182,11 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    pub(super) fn new(socket: OwnedFd, protocol: Protocol) -> Self {
+    pub(super) fn new(socket: OwnedFd, protocol: Protocol, stays: bool) -> Self {
         Self {
             socket: Some(socket),
             protocol,
+            stays,
             armed: false,
             rest_until_ns: 0,
             warned_ns: None,
@@ -212,6 +215,8 @@ pub(super) struct Net {
 pub(super) struct Accepted {
     pub(super) socket: OwnedFd,
     pub(super) protocol: Protocol,
+    /// It must stay on this core.
+    pub(super) stays: bool,
 }
 
 impl Net {
@@ -343,11 +348,16 @@ impl Net {
                 tag::ACCEPT => {
                     let listener = &mut self.listeners[number as usize];
                     listener.armed &= cqueue::more(flags);
-                    let protocol = listener.protocol;
+                    let (protocol, stays) = (listener.protocol, listener.stays);
                     if result >= 0 {
                         // SAFETY: a fresh descriptor from the kernel, owned by nobody else.
                         let socket = unsafe { OwnedFd::from_raw_fd(result) };
-                        accepted(engine, self, Accepted { socket, protocol });
+                        let socket = Accepted {
+                            socket,
+                            protocol,
+                            stays,
+                        };
+                        accepted(engine, self, socket);
                     } else if self.accepting {
                         let listener = &mut self.listeners[number as usize];
                         let error = io::Error::from_raw_os_error(-result);

@@ -193,18 +193,26 @@ fn is_quiet(net: &mut Net, mesh: &Mesh, engine: &mut Engine) -> bool {
     net.is_quiet() && mesh.is_quiet(engine) && !engine.has_background_work()
 }
 
-/// Gives a new connection to the core that has the fewest, or refuses it.
+/// Gives a new connection to the core that has the fewest, unless it came to this one's own port; or refuses it.
 fn accept(engine: &mut Engine, net: &mut Net, mesh: &mut Mesh, shared: &Shared, accepted: Accepted) {
     let limit = engine.config().limits.connections_max;
     if shared.connections.fetch_add(1, Ordering::Relaxed) >= limit {
         shared.connections.fetch_sub(1, Ordering::Relaxed);
         engine.metrics.counters.connections_refused += 1;
-        return net::refuse(&accepted.socket, protocol::refusal(accepted.protocol));
+        return net::refuse(&accepted.socket, &protocol::refusal(accepted.protocol));
     }
-    let Accepted { socket, protocol } = accepted;
+    let Accepted {
+        socket,
+        protocol,
+        stays,
+    } = accepted;
     let me = usize::from(mesh.core().0);
     let peers = mesh.peers();
-    let target = least_busy(peers.iter().map(|peer| peer.connections.load(Ordering::Relaxed)), me);
+    let target = if stays {
+        me
+    } else {
+        least_busy(peers.iter().map(|peer| peer.connections.load(Ordering::Relaxed)), me)
+    };
     peers[target].connections.fetch_add(1, Ordering::Relaxed);
     if target == me {
         return net.adopt(engine, socket, protocol);

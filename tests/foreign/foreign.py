@@ -38,6 +38,10 @@ STOP_SECONDS = 5
 MEBIBYTE = 1 << 20
 
 
+# The default ports may be in use.
+ON_FREE_PORTS = ["--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0", "--protobuf", "127.0.0.1:0"]
+
+
 class Server:
     """The server on ports of its own choice, as a context manager.
 
@@ -46,7 +50,7 @@ class Server:
     """
 
     def __init__(self, cores, *options, **popen):
-        self.command = [BINARY, "--cores", str(cores), "--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0", *options]
+        self.command = [BINARY, "--cores", str(cores), *ON_FREE_PORTS, *options]
         self.popen = popen
         self.addresses, self.stopped = {}, False
 
@@ -766,8 +770,9 @@ def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for cores in ("1", "2"):
-            for ours, other in (("--memcached", "--text"), ("--text", "--memcached")):
-                code, messages = start("--cores", cores, ours, f"127.0.0.1:{port}", other, "127.0.0.1:0")
+            for ours in ("--memcached", "--text", "--protobuf"):
+                options = [f"127.0.0.1:{port}" if before == ours else word for before, word in zip([""] + ON_FREE_PORTS, ON_FREE_PORTS)]
+                code, messages = start("--cores", cores, *options)
                 equal(code, 1, f"{ours} on a taken port, --cores {cores}: {messages}")
                 naming = [line for line in messages.splitlines() if str(port) in line]
                 equal(len(naming), 1, f"lines that name the port in {messages!r}")
@@ -783,7 +788,7 @@ def test_bad_options():
 
 
 def test_a_file_to_load_that_is_missing():
-    code, messages = start("--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0", "--cores", "1", "--load", "/nonexistent/rows")
+    code, messages = start(*ON_FREE_PORTS, "--cores", "1", "--load", "/nonexistent/rows")
     equal(code, 1, messages)
     if "/nonexistent/rows" not in messages:
         raise AssertionError(f"the file is not named: {messages}")
@@ -808,7 +813,7 @@ def test_too_little_locked_memory():
         # root is not held to the limit
         other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
         process = subprocess.Popen(
-            [copy, "--cores", "1", "--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0"],
+            [copy, "--cores", "1", *ON_FREE_PORTS],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/",
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_MEMLOCK, limits), **other,
         )
