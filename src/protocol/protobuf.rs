@@ -57,21 +57,23 @@ struct Refusal {
     reason: String,
 }
 
-fn malformed(reason: &str) -> Refusal {
-    Refusal {
+#[cold]
+fn malformed(reason: &str) -> Box<Refusal> {
+    Box::new(Refusal {
         code: Code::Malformed,
         reason: reason.to_owned(),
-    }
+    })
 }
 
-fn invalid(reason: String) -> Refusal {
-    Refusal {
+#[cold]
+fn invalid(reason: String) -> Box<Refusal> {
+    Box::new(Refusal {
         code: Code::InvalidArgument,
         reason,
-    }
+    })
 }
 
-impl From<prost::DecodeError> for Refusal {
+impl From<prost::DecodeError> for Box<Refusal> {
     fn from(error: prost::DecodeError) -> Self {
         malformed(&format!("not a Message: {error}"))
     }
@@ -89,30 +91,60 @@ enum Field<'a> {
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
-    #[inline]
-    fn next(&mut self) -> Result<Option<(u32, Field<'a>)>, Refusal> {
+    #[inline(always)]
+    fn next(&mut self) -> Result<Option<(u32, Field<'a>)>, Box<Refusal>> {
         if self.0.is_empty() {
             return Ok(None);
         }
-        let (number, wire_type) = decode_key(&mut self.0)?;
-        let field = match wire_type {
-            WireType::Varint => Field::Number(decode_varint(&mut self.0)?),
-            WireType::LengthDelimited => {
-                let length = decode_varint(&mut self.0)?;
-                let split = usize::try_from(length)
-                    .ok()
-                    .and_then(|length| self.0.split_at_checked(length));
-                let (bytes, rest) = split.ok_or_else(|| malformed("a field is longer than its message"))?;
+        let key = varint(&mut self.0)?;
+        let number = (key >> 3) as u32;
+        let field = match key & 7 {
+            _ if key < 8 || key > u64::from(u32::MAX) => return Err(malformed("there is no field of that number")),
+            VARINT => Field::Number(varint(&mut self.0)?),
+            BYTES => {
+                let length = varint(&mut self.0)?;
+                if length > self.0.len() as u64 {
+                    return Err(malformed("a field is longer than its message"));
+                }
+                let (bytes, rest) = self.0.split_at(length as usize);
                 self.0 = rest;
                 Field::Bytes(bytes)
             }
             _ => {
-                skip_field(wire_type, number, &mut self.0, DecodeContext::default())?;
+                skip(key, &mut self.0)?;
                 Field::Other
             }
         };
         Ok(Some((number, field)))
     }
+}
+
+const VARINT: u64 = WireType::Varint as u64;
+const BYTES: u64 = WireType::LengthDelimited as u64;
+
+/// The varint at the front of `bytes`: most have one byte.
+#[inline(always)]
+fn varint(bytes: &mut &[u8]) -> Result<u64, Box<Refusal>> {
+    match bytes.split_first() {
+        Some((first, rest)) if *first < 0x80 => {
+            *bytes = rest;
+            Ok(u64::from(*first))
+        }
+        _ => long_varint(bytes),
+    }
+}
+
+fn long_varint(bytes: &mut &[u8]) -> Result<u64, Box<Refusal>> {
+    Ok(decode_varint(bytes)?)
+}
+
+/// Skips the content of a field of a type that is not used here, or finds out that there is no such field.
+#[cold]
+fn skip(key: u64, bytes: &mut &[u8]) -> Result<(), Box<Refusal>> {
+    let mut encoded = vec![];
+    encode_varint(key, &mut encoded);
+    let (number, wire_type) = decode_key(&mut encoded.as_slice())?;
+    Ok(skip_field(wire_type, number, bytes, DecodeContext::default())?)
 }
 
 fn at(decoded: Decoded<'_>, used: usize) -> Step<'_> {
@@ -215,7 +247,7 @@ fn id_of(header: &[u8]) -> &[u8] {
     rest
 }
 
-fn or_refused<'a>(decoded: Result<Decoded<'a>, Refusal>, id: &[u8], input: &[u8], env: &Env<'a>) -> Decoded<'a> {
+fn or_refused<'a>(decoded: Result<Decoded<'a>, Box<Refusal>>, id: &[u8], input: &[u8], env: &Env<'a>) -> Decoded<'a> {
     match decoded {
         Ok(decoded) => decoded,
         Err(_) if is_http(input) => Decoded::Close(b""),
@@ -246,7 +278,7 @@ fn decode<'a>(
     id: &mut &'a [u8],
     collected: Option<&'a Bytes>,
     env: &Env<'a>,
-) -> Result<Decoded<'a>, Refusal> {
+) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(message);
     let mut command = None;
     loop {
@@ -261,10 +293,10 @@ fn decode<'a>(
         }
     }
     let Some((number, body)) = command else {
-        return Err(Refusal {
+        return Err(Box::new(Refusal {
             code: Code::UnknownCommand,
             reason: "the message has no command that this server knows".to_owned(),
-        });
+        }));
     };
     let text = *id;
     let other = Shape {
@@ -317,7 +349,7 @@ impl<'a> Commands<'a> {
     }
 
     #[inline]
-    fn push(&mut self, command: Command<'a>, env: &Env<'a>) -> Result<(), Refusal> {
+    fn push(&mut self, command: Command<'a>, env: &Env<'a>) -> Result<(), Box<Refusal>> {
         let Some(first) = self.first else {
             self.first = Some(command);
             return Ok(());
@@ -334,7 +366,7 @@ impl<'a> Commands<'a> {
     }
 
     #[inline]
-    fn finish(self, code: u32, text: &'a [u8]) -> Result<Decoded<'a>, Refusal> {
+    fn finish(self, code: u32, text: &'a [u8]) -> Result<Decoded<'a>, Box<Refusal>> {
         match (self.first, self.all.is_empty()) {
             (None, _) => Err(invalid("no key".to_owned())),
             (Some(command), true) => Ok(Decoded::Command(command, Shape { code, text })),
@@ -348,7 +380,7 @@ impl<'a> Commands<'a> {
 
 /// Checks a key, the one with this number in its request.
 #[inline]
-fn check_key(key: &[u8], number: usize, env: &Env<'_>) -> Result<(), Refusal> {
+fn check_key(key: &[u8], number: usize, env: &Env<'_>) -> Result<(), Box<Refusal>> {
     if key.is_empty() {
         return Err(invalid(format!("key {number} is empty")));
     }
@@ -362,7 +394,7 @@ fn check_key(key: &[u8], number: usize, env: &Env<'_>) -> Result<(), Refusal> {
 }
 
 #[inline]
-fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Refusal> {
+fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut with_version = false;
     let mut fields = Fields(body);
     let mut commands = Commands::new(env);
@@ -402,7 +434,7 @@ fn set<'a>(
     text: &'a [u8],
     collected: Option<&'a Bytes>,
     env: &Env<'a>,
-) -> Result<Decoded<'a>, Refusal> {
+) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(body);
     let mut commands = Commands::new(env);
     let mut code = kind::SET;
@@ -433,7 +465,7 @@ fn set<'a>(
 
 /// An entry of a Set, and whether its version is wanted.
 #[inline]
-fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a>, bool), Refusal> {
+fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a>, bool), Box<Refusal>> {
     let mut fields = Fields(body);
     let mut key: &[u8] = &[];
     let mut put = Put::new(Value::Small(&[]));
@@ -456,17 +488,17 @@ fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a
     let length = put.value.bytes().len();
     if length > env.value_bytes_max {
         let most = env.value_bytes_max;
-        return Err(Refusal {
+        return Err(Box::new(Refusal {
             code: Code::TooLarge,
             reason: format!("the value of entry {number} has {length} bytes, and the most is {most}"),
-        });
+        }));
     }
     let with_version = put.version != NewVersion::OnDemand;
     let op = Op::Put(put);
     Ok((Command { key, op }, with_version))
 }
 
-fn condition(body: &[u8]) -> Result<Condition, Refusal> {
+fn condition(body: &[u8]) -> Result<Condition, Box<Refusal>> {
     let mut fields = Fields(body);
     let mut condition = Condition::Always;
     while let Some((number, field)) = fields.next()? {
@@ -483,7 +515,7 @@ fn condition(body: &[u8]) -> Result<Condition, Refusal> {
 }
 
 #[inline]
-fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Refusal> {
+fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(body);
     let mut commands = Commands::new(env);
     let mut conditions = bumpalo::collections::Vec::new_in(env.arena);
