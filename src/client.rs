@@ -104,7 +104,7 @@ impl Options {
 pub enum Error {
     /// The server's name has no address.
     Lookup(io::Error),
-    /// There is no connection. Nothing was sent.
+    /// There is no connection. Nothing was changed.
     Connect {
         /// Where to.
         address: SocketAddr,
@@ -147,11 +147,16 @@ impl std::fmt::Display for Error {
         match self {
             Error::Lookup(cause) => write!(f, "the server's name cannot be looked up: {cause}"),
             Error::Connect { address, cause } => write!(f, "cannot connect to {address}: {cause}"),
-            Error::Lost { address, cause } => write!(f, "{address}: {cause}"),
+            Error::Lost { address, cause } => write!(f, "{address} {cause}"),
             Error::Unknown { address, cause } => {
-                write!(f, "{address}: {cause}; the write may have been executed or not: read before it is repeated")
+                write!(
+                    f,
+                    "{address} {cause}; the write may have been executed or not: read before it is repeated"
+                )
             }
-            Error::Refused { code, message } if message.is_empty() => write!(f, "the server answered {}", code.as_str_name()),
+            Error::Refused { code, message } if message.is_empty() => {
+                write!(f, "the server answered {}", code.as_str_name())
+            }
             Error::Refused { code, message } => write!(f, "the server answered {}: {message}", code.as_str_name()),
             Error::Foreign { address, what } => write!(
                 f,
@@ -161,17 +166,7 @@ impl std::fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Error::Lookup(cause)
-            | Error::Connect { cause, .. }
-            | Error::Lost { cause, .. }
-            | Error::Unknown { cause, .. } => Some(cause),
-            Error::Refused { .. } | Error::Foreign { .. } => None,
-        }
-    }
-}
+impl std::error::Error for Error {}
 
 /// What a key has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -253,12 +248,28 @@ pub enum Expiry {
 pub enum Written {
     /// It is stored, under this version if the version was asked for.
     Stored(Option<Version>),
-    /// Its condition asks for an item, and there is none.
-    NotFound,
     /// Its condition did not hold.
     ConditionFailed,
     /// The server's memory limit is reached; what was there is still there.
     OutOfMemory,
+}
+
+impl Written {
+    /// The version, if it was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when nothing was written.
+    pub fn stored(self) -> Result<Option<Version>, Error> {
+        let (code, message) = match self {
+            Written::Stored(version) => return Ok(version),
+            Written::ConditionFailed => (Code::ConditionFailed, "the write's condition did not hold"),
+            Written::OutOfMemory => (Code::OutOfMemory, "the server's memory limit is reached"),
+        };
+        Err(Error::Refused {
+            code,
+            message: message.to_owned(),
+        })
+    }
 }
 
 /// What came of a [`Client::delete_if`].
@@ -303,6 +314,13 @@ impl Topology {
         self.ranges.get(after.checked_sub(1)?).map(|range| range.core)
     }
 
+    /// The core that owns `key`, with its own port if it has one.
+    fn route(&self, key: &[u8]) -> Option<(CoreId, u16)> {
+        let core = self.owner(key)?;
+        let port = self.core_ports.get(usize::from(core.0))?;
+        Some((core, *port))
+    }
+
     /// What the report says; in words, why it makes no sense.
     fn read(report: &proto::TopologyReport) -> Result<Self, String> {
         let cores = u16::try_from(report.cores).unwrap_or_default();
@@ -319,13 +337,21 @@ impl Topology {
                     tokens,
                     core: CoreId(core),
                 }),
-                _ => return Err(format!("a topology of {} cores whose range {number} cannot be", report.cores)),
+                _ => {
+                    return Err(format!(
+                        "a topology of {} cores whose range {number} cannot be",
+                        report.cores
+                    ));
+                }
             }
         }
         if ranges.first().is_none_or(|first| first.tokens.start != 0) {
             return Err("a topology whose ranges do not begin with token 0".to_owned());
         }
-        let ports = report.core_ports.iter().map(|port| u16::try_from(*port).ok().filter(|port| *port > 0));
+        let ports = report
+            .core_ports
+            .iter()
+            .map(|port| u16::try_from(*port).ok().filter(|port| *port > 0));
         let core_ports: Option<Vec<u16>> = ports.collect();
         let partitioner = match TokenFunction::try_from(report.token_function) {
             Ok(TokenFunction::Xxh3) => Some(Partitioner::Hashed { seed: report.seed }),
@@ -339,7 +365,10 @@ impl Topology {
                 core_ports,
                 cores,
             }),
-            _ => Err(format!("a topology of {cores} cores with the ports {:?}", report.core_ports)),
+            _ => Err(format!(
+                "a topology of {cores} cores with the ports {:?}",
+                report.core_ports
+            )),
         }
     }
 }
@@ -354,15 +383,19 @@ impl proto::Latency {
     }
 }
 
-/// What is known of the server's cores.
+/// The server's cores, as long as they are known.
 #[derive(Debug)]
 struct Map {
+    /// Whose ports they are.
+    server: SocketAddr,
     topology: Topology,
-    /// By core, once it was asked something.
+    /// By core, if it has a port of its own: the connection, once it was asked something.
     connections: Vec<Option<Connection>>,
 }
 
 /// A client of one server. It asks one thing at a time; for more at once, use several.
+///
+/// Every request fails in the same ways: see [`Error`].
 #[derive(Debug)]
 pub struct Client {
     options: Options,
@@ -383,16 +416,12 @@ impl Client {
         Options::default().connect(address)
     }
 
-    /// What a key has. Reading does no harm, so it is repeated once when its connection breaks.
-    ///
-    /// # Errors
-    /// When the server cannot be asked, or refuses the key. This holds for all that follows.
+    /// What a key has.
     pub fn get(&mut self, key: impl AsRef<[u8]>) -> Result<Option<Item>, Error> {
         Ok(self.read(&[key], false)?.pop().flatten())
     }
 
     /// The same with the item's version, for a later [`Condition::VersionIs`].
-    #[expect(missing_errors_doc, reason = "see get")]
     pub fn get_versioned(&mut self, key: impl AsRef<[u8]>) -> Result<Option<Item>, Error> {
         Ok(self.read(&[key], true)?.pop().flatten())
     }
@@ -410,41 +439,36 @@ impl Client {
     /// Writes a value that stays until it is deleted.
     ///
     /// # Errors
-    /// Also when the server's memory limit is reached.
+    /// [`Code::OutOfMemory`] among the usual ones.
     pub fn set(&mut self, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) -> Result<(), Error> {
-        match self.set_with(Put::new(key, value))? {
-            Written::Stored(_) => Ok(()),
-            Written::OutOfMemory => Err(Error::Refused {
-                code: Code::OutOfMemory,
-                message: "the server's memory limit is reached".to_owned(),
-            }),
-            // Only of a condition.
-            Written::NotFound | Written::ConditionFailed => Err(self.foreign("a plain write whose condition failed")),
-        }
+        self.set_with(Put::new(key, value))?.stored().map(drop)
     }
 
     /// Writes a value in all its particulars.
     pub fn set_with(&mut self, put: Put) -> Result<Written, Error> {
-        let mut results = self.set_many([put])?;
-        results.pop().ok_or_else(|| self.foreign("no result"))
+        // One result for one entry was made sure of.
+        Ok(self.set_many([put])?[0])
     }
 
     /// Writes several values in one request; what came of each, in their order. Without values nothing is asked.
     pub fn set_many(&mut self, puts: impl IntoIterator<Item = Put>) -> Result<Vec<Written>, Error> {
         let entries: Vec<proto::Entry> = puts.into_iter().map(Put::into_entry).collect();
-        let Some(first) = entries.first() else {
-            return Ok(vec![]);
-        };
-        let (key, count) = (first.key.clone(), entries.len());
-        let results = self.ask_keys(Command::Set(proto::Set { entries }), &key, count)?;
-        let written = |result: proto::KeyResult| match result.code() {
+        let count = entries.len();
+        let set = Command::Set(proto::Set { entries });
+        let written = self.ask_keys(set, |code, result| match code {
             Code::Ok => Some(Written::Stored(version(result.version))),
-            Code::NotFound => Some(Written::NotFound),
             Code::ConditionFailed => Some(Written::ConditionFailed),
             Code::OutOfMemory => Some(Written::OutOfMemory),
             _ => None,
-        };
-        self.each(results, written)
+        });
+        match written {
+            // There was not even room for the request: the same, for whoever wrote it.
+            Err(Error::Refused {
+                code: Code::OutOfMemory,
+                ..
+            }) => Ok(vec![Written::OutOfMemory; count]),
+            written => written,
+        }
     }
 
     /// Deletes a key; false: there was nothing.
@@ -455,8 +479,7 @@ impl Client {
     /// Deletes a key if the condition holds.
     pub fn delete_if(&mut self, key: impl Into<Vec<u8>>, condition: Condition) -> Result<Deleted, Error> {
         let conditions = wire_condition(condition).into_iter().collect();
-        let mut results = self.remove(vec![key.into()], conditions)?;
-        results.pop().ok_or_else(|| self.foreign("no result"))
+        Ok(self.remove(vec![key.into()], conditions)?[0])
     }
 
     /// Deletes several keys in one request; for each, in their order, whether there was something. Without keys nothing is
@@ -469,112 +492,111 @@ impl Client {
 
     /// The counters and latencies of all cores.
     pub fn metrics(&mut self) -> Result<MetricsReport, Error> {
-        let response = self.ask(Command::Metrics(proto::Metrics {}), None)?;
-        response.metrics.ok_or_else(|| self.foreign("an answer without metrics"))
+        let response = self.ask(Command::Metrics(proto::Metrics {}))?;
+        response
+            .metrics
+            .ok_or_else(|| self.foreign("an answer without metrics"))
     }
 
     /// Which core owns which keys.
     pub fn topology(&mut self) -> Result<Topology, Error> {
-        let response = self.ask(Command::Topology(proto::Topology {}), None)?;
-        self.read_topology(response)
+        let response = self.ask(Command::Topology(proto::Topology {}))?;
+        let report = response.topology.unwrap_or_default();
+        Topology::read(&report).map_err(|what| self.foreign(&what))
     }
 
     /// Goes to the server and back.
     pub fn ping(&mut self) -> Result<(), Error> {
-        self.ask(Command::Ping(proto::Ping {}), None).map(drop)
+        self.ask(Command::Ping(proto::Ping {})).map(drop)
     }
 
     /// Empties the store after a time, rounded up to milliseconds; 0: at once. A later one replaces one that waits.
     pub fn flush(&mut self, delay: Duration) -> Result<(), Error> {
         let delay_ms = milliseconds(delay);
-        self.ask(Command::Flush(proto::Flush { delay_ms }), None).map(drop)
+        self.ask(Command::Flush(proto::Flush { delay_ms })).map(drop)
     }
 
     fn read(&mut self, keys: &[impl AsRef<[u8]>], with_version: bool) -> Result<Vec<Option<Item>>, Error> {
-        let Some(first) = keys.first() else {
-            return Ok(vec![]);
-        };
-        let get = proto::Get {
-            keys: keys.iter().map(|key| key.as_ref().to_vec()).collect(),
-            with_version,
-        };
-        let results = self.ask_keys(Command::Get(get), first.as_ref(), keys.len())?;
-        let item = |result: proto::KeyResult| match result.code() {
+        let keys = keys.iter().map(|key| key.as_ref().to_vec()).collect();
+        let get = Command::Get(proto::Get { keys, with_version });
+        self.ask_keys(get, |code, result| match code {
             Code::Ok => Some(Some(Item {
+                value: result.value,
                 flags: result.flags,
                 expires_at: match result.expires_at_ms {
                     0 => None,
                     moment => UNIX_EPOCH.checked_add(Duration::from_millis(moment)),
                 },
                 version: version(result.version),
-                value: result.value,
             })),
             Code::NotFound => Some(None),
             _ => None,
-        };
-        self.each(results, item)
+        })
     }
 
     fn remove(&mut self, keys: Vec<Vec<u8>>, conditions: Vec<proto::Condition>) -> Result<Vec<Deleted>, Error> {
-        let Some(first) = keys.first().cloned() else {
-            return Ok(vec![]);
-        };
-        let count = keys.len();
-        let results = self.ask_keys(Command::Delete(proto::Delete { keys, conditions }), &first, count)?;
-        let deleted = |result: proto::KeyResult| match result.code() {
+        let delete = Command::Delete(proto::Delete { keys, conditions });
+        self.ask_keys(delete, |code, _| match code {
             Code::Ok => Some(Deleted::Deleted),
             Code::NotFound => Some(Deleted::NotFound),
             Code::ConditionFailed => Some(Deleted::ConditionFailed),
             _ => None,
-        };
-        self.each(results, deleted)
+        })
     }
 
-    /// Asks something about `count` keys, of which `key` is the first.
-    fn ask_keys(&mut self, command: Command, key: &[u8], count: usize) -> Result<Vec<proto::KeyResult>, Error> {
-        let results = self.ask(command, Some(key))?.results;
-        if results.len() == count {
-            return Ok(results);
-        }
-        Err(self.foreign(&format!("{} results for {count} keys", results.len())))
-    }
-
-    /// Each result in this client's words; `None` from `read` is a code that does not belong there.
-    fn each<T>(
-        &self,
-        results: Vec<proto::KeyResult>,
-        read: impl Fn(proto::KeyResult) -> Option<T>,
+    /// One result for each key of the command; `read` knows the codes that belong there.
+    fn ask_keys<T>(
+        &mut self,
+        command: Command,
+        read: impl Fn(Code, proto::KeyResult) -> Option<T>,
     ) -> Result<Vec<T>, Error> {
+        let (_, keys) = keys_of(&command);
+        if keys == 0 {
+            return Ok(vec![]);
+        }
+        let results = self.ask(command)?.results;
+        if results.len() != keys {
+            return Err(self.foreign(&format!("{} results for {keys} keys", results.len())));
+        }
         let read = |result: proto::KeyResult| {
             let code = result.code;
-            // An unknown code would be read as OK.
-            let known = Code::try_from(code).is_ok();
-            let result = known.then(|| read(result)).flatten();
-            result.ok_or_else(|| self.foreign(&format!("a result with the code {code}")))
+            let read = Code::try_from(code).ok().and_then(|code| read(code, result));
+            read.ok_or_else(|| format!("a result with the code {code}"))
         };
-        results.into_iter().map(read).collect()
+        let results: Result<Vec<T>, String> = results.into_iter().map(read).collect();
+        results.map_err(|what| self.foreign(&what))
     }
 
-    /// An answer that cannot be.
-    fn foreign(&self, what: &str) -> Error {
+    /// The address that the client is connected to; without a connection, the first one.
+    fn address(&self) -> SocketAddr {
         let connected = self.any_core.as_ref().map(|connection| connection.address);
-        let address = connected.or_else(|| self.addresses.first().copied());
+        connected.unwrap_or(self.addresses[0])
+    }
+
+    /// What is to be said of an answer that cannot be. Whoever gave it is not trusted with a further request.
+    fn foreign(&mut self, what: &str) -> Error {
+        let address = self.address();
+        self.forget();
         Error::Foreign {
-            address: address.unwrap_or_else(|| SocketAddr::from(([0; 4], 0))),
-            what: what.to_owned(),
+            address,
+            what: format!("it answered with {what}"),
         }
     }
 
-    /// Sends a request to the owner of `key`, or to any core, and waits for the answer.
-    fn ask(&mut self, command: Command, key: Option<&[u8]>) -> Result<Response, Error> {
-        let reads = matches!(
+    /// Sends a request to the owner of its first key, or to any core, and waits for the answer.
+    fn ask(&mut self, command: Command) -> Result<Response, Error> {
+        let only_reads = matches!(
             command,
             Command::Get(_) | Command::Metrics(_) | Command::Ping(_) | Command::Topology(_)
         );
         self.last_id += 1;
         let id = self.last_id;
-        let command = Some(command);
-        let request = proto::Message { id, command }.encode_length_delimited_to_vec();
+        let message = proto::Message {
+            id,
+            command: Some(command),
+        };
+        let request = message.encode_length_delimited_to_vec();
+        let key = message.command.as_ref().and_then(|command| keys_of(command).0);
         let mut is_repeated = false;
         loop {
             let (core, mut connection) = match self.take_connection(key) {
@@ -587,43 +609,38 @@ impl Client {
                 taken => taken?,
             };
             let address = connection.address;
-            let broken = match connection.ask(&request, id, &self.options) {
+            let (cause, is_harmless) = match connection.ask(&request, id, &self.options) {
                 Ok(response) => return self.finish(core, connection, response),
-                Err(broken) => broken,
+                Err(Broken::Foreign(what)) => {
+                    self.forget();
+                    return Err(Error::Foreign { address, what });
+                }
+                // The server executes nothing but whole requests.
+                Err(Broken::Sending(cause)) => (cause, true),
+                Err(Broken::Answering(cause)) => (cause, only_reads),
             };
             self.forget();
-            let (is_harmless, cause) = match broken {
-                Broken::Foreign(what) => return Err(Error::Foreign { address, what }),
-                Broken::Sending(cause) => (true, cause),
-                Broken::Answering(cause) => (reads, cause),
-            };
             if !is_harmless {
                 return Err(Error::Unknown { address, cause });
             }
-            if std::mem::replace(&mut is_repeated, true) || cause.kind() == ErrorKind::TimedOut {
+            if is_repeated || cause.kind() == ErrorKind::TimedOut {
                 return Err(Error::Lost { address, cause });
             }
+            is_repeated = true;
         }
     }
 
-    /// Keeps the connection of a whole answer, and tells a refusal from a result.
-    fn finish(
-        &mut self,
-        core: Option<CoreId>,
-        connection: Connection,
-        response: Response,
-    ) -> Result<Response, Error> {
+    /// Puts the connection of a whole answer back, and tells a refusal from a result.
+    fn finish(&mut self, core: Option<CoreId>, connection: Connection, response: Response) -> Result<Response, Error> {
         let address = connection.address;
-        let code = Code::try_from(response.code);
-        // An answer without the request's id ends the connection, and so does a server without room.
-        if response.id != 0 && code != Ok(Code::Unavailable) {
+        if !is_last(&response) {
             match (core, &mut self.map) {
                 (None, _) => self.any_core = Some(connection),
-                (Some(CoreId(core)), Some(map)) => map.connections[usize::from(core)] = Some(connection),
+                (Some(core), Some(map)) => map.connections[usize::from(core.0)] = Some(connection),
                 (Some(_), None) => {}
             }
         }
-        match code {
+        match Code::try_from(response.code) {
             Ok(Code::Ok) => Ok(response),
             Ok(code) => Err(Error::Refused {
                 code,
@@ -636,32 +653,298 @@ impl Client {
         }
     }
 
-    /// A connection for `key`, out of the client: it is put back with the whole answer, because what comes later would be
-    /// taken for the answer to the next request.
+    /// A connection for a request about `key`, and the core whose port it leads to. It is put back with the whole answer and
+    /// not before: what comes later would be taken for the answer to the next request.
     fn take_connection(&mut self, key: Option<&[u8]>) -> Result<(Option<CoreId>, Connection), Error> {
-        if self.options.route && key.is_some() {
-            if self.map.is_none() {
+        if let Some(key) = key
+            && self.options.route
+        {
+            if !self.is_map_valid(key) {
+                self.forget();
                 self.load_map()?;
             }
-            let owner = key.and_then(|key| self.map.as_ref()?.topology.owner(key));
-            let mut map = self.map.as_mut();
-            if let Some(owner) = owner
-                && let Some(map) = &mut map
-                && let Some(port) = map.topology.core_ports.get(usize::from(owner.0)).copied()
+            if let Some(map) = &mut self.map
+                && let Some((core, port)) = map.topology.route(key)
             {
-                let connection = map.connections[usize::from(owner.0)].take();
-                let Some(connection) = connection.filter(Connection::is_fresh) else {
-                    return self.open_owner(key, owner, port);
+                let connection = match map.connections[usize::from(core.0)].take() {
+                    Some(connection) => connection,
+                    None => {
+                        let mut address = map.server;
+                        address.set_port(port);
+                        Connection::open(address, &self.options).map_err(|cause| Error::Connect {
+                            address,
+                            cause: io::Error::new(cause.kind(), format!("{cause} (it is the port of core {})", core.0)),
+                        })?
+                    }
                 };
-                return Ok((Some(owner), connection));
+                return Ok((Some(core), connection));
             }
         }
-        if let Some(connection) = self.any_core.take() {
-            if connection.is_fresh() {
-                return Ok((None, connection));
+        match self.any_core.take() {
+            Some(connection) if connection.is_fresh() => Ok((None, connection)),
+            lost => {
+                if lost.is_some() {
+                    self.forget();
+                }
+                Ok((None, self.open_any()?))
             }
-            self.forget();
         }
-        Ok((None, self.open_any()?))
     }
+
+    /// Whether the server is still the one that the map was made of, as the connection tells that a request for `key` would
+    /// take, or, when there is none yet, the one that brought the map.
+    fn is_map_valid(&self, key: &[u8]) -> bool {
+        let Some(map) = &self.map else { return false };
+        let route = map.topology.route(key);
+        let kept = route.and_then(|(core, _)| map.connections[usize::from(core.0)].as_ref());
+        kept.or(self.any_core.as_ref()).is_some_and(Connection::is_fresh)
+    }
+
+    /// Asks which core owns what.
+    fn load_map(&mut self) -> Result<(), Error> {
+        let topology = self.topology()?;
+        self.map = Some(Map {
+            server: self.address(),
+            connections: topology.core_ports.iter().map(|_| None).collect(),
+            topology,
+        });
+        Ok(())
+    }
+
+    /// Opens a connection to the first address that works.
+    fn open_any(&self) -> Result<Connection, Error> {
+        let mut failure = Error::Lookup(io::Error::other("the name has no address"));
+        for address in &self.addresses {
+            match Connection::open(*address, &self.options) {
+                Ok(connection) => return Ok(connection),
+                Err(cause) => {
+                    failure = Error::Connect {
+                        address: *address,
+                        cause,
+                    }
+                }
+            }
+        }
+        Err(failure)
+    }
+
+    /// Closes what is open and begins anew with the next request: whoever ended one connection ended all, in most cases.
+    fn forget(&mut self) {
+        self.any_core = None;
+        self.map = None;
+    }
+}
+
+/// Why there is no answer.
+enum Broken {
+    /// The request was not sent to its end.
+    Sending(io::Error),
+    /// It was, and no whole answer came.
+    Answering(io::Error),
+    /// Something else came.
+    Foreign(String),
+}
+
+/// An open connection.
+#[derive(Debug)]
+struct Connection {
+    address: SocketAddr,
+    input: BufReader<Timed>,
+}
+
+impl Connection {
+    fn open(address: SocketAddr, options: &Options) -> io::Result<Self> {
+        let stream = TcpStream::connect_timeout(&address, options.connect_timeout)?;
+        stream.set_nodelay(true)?;
+        let timed = Timed { stream, deadline: None };
+        Ok(Self {
+            address,
+            input: BufReader::new(timed),
+        })
+    }
+
+    /// Whether it is still there, with nothing to read. Asked before a request is sent, because afterwards nobody knows
+    /// whether the server has executed it.
+    fn is_fresh(&self) -> bool {
+        let peek = |stream: &TcpStream| {
+            stream.set_nonblocking(true)?;
+            let peeked = stream.peek(&mut [0]);
+            stream.set_nonblocking(false)?;
+            peeked
+        };
+        let peeked = peek(&self.input.get_ref().stream);
+        self.input.buffer().is_empty() && peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    }
+
+    /// Sends a request and reads its answer.
+    fn ask(&mut self, request: &[u8], id: u64, options: &Options) -> Result<Response, Broken> {
+        let timed = self.input.get_mut();
+        // Without one, when it is too far away to be said.
+        timed.deadline = Instant::now().checked_add(options.timeout);
+        let sent = timed.write_all(request);
+        let answer = match sent {
+            Ok(()) => self.answer(options)?,
+            Err(error) => match self.answer(options) {
+                // A server that has no room for a client says so and closes; its words explain more than a broken pipe.
+                Ok(answer) if is_last(&answer) => answer,
+                _ => {
+                    let what = match error.kind() {
+                        ErrorKind::TimedOut => format!("did not take the request within {:?}", options.timeout),
+                        _ => format!("closed the connection before it had the request: {error}"),
+                    };
+                    return Err(Broken::Sending(io::Error::new(error.kind(), what)));
+                }
+            },
+        };
+        if answer.id == id || is_last(&answer) {
+            return Ok(answer);
+        }
+        Err(Broken::Foreign(format!(
+            "it answered request {} where {id} was asked",
+            answer.id
+        )))
+    }
+
+    /// Reads an answer.
+    fn answer(&mut self, options: &Options) -> Result<Response, Broken> {
+        let mut came = vec![];
+        let incomplete = |error: io::Error, came: &[u8]| {
+            let what = match error.kind() {
+                ErrorKind::TimedOut => format!("did not answer within {:?}", options.timeout),
+                ErrorKind::UnexpectedEof => "closed the connection before it had answered".to_owned(),
+                _ => format!("broke the connection before it had answered: {error}"),
+            };
+            let what = match came {
+                [] => what,
+                came => format!("{what}; it began with {}", shown(came)),
+            };
+            Broken::Answering(io::Error::new(error.kind(), what))
+        };
+        let length = loop {
+            let mut byte = [0];
+            if let Err(error) = self.input.read_exact(&mut byte) {
+                return Err(incomplete(error, &came));
+            }
+            came.extend(byte);
+            if byte[0] < 0x80 {
+                match prost::decode_length_delimiter(came.as_slice()) {
+                    Ok(length) if length as u64 <= options.answer_bytes_max => break length,
+                    _ => {}
+                }
+            } else if came.len() < 10 {
+                continue;
+            }
+            came.extend_from_slice(self.input.buffer());
+            let most = options.answer_bytes_max;
+            return Err(Broken::Foreign(format!(
+                "it announced an answer of more than {most} bytes: {}",
+                shown(&came)
+            )));
+        };
+        let head = came.len();
+        came.reserve(length.min(ANSWER_BYTES_AT_ONCE));
+        let read = (&mut self.input).take(length as u64).read_to_end(&mut came);
+        let read = read.and_then(|read| {
+            if read < length {
+                Err(ErrorKind::UnexpectedEof.into())
+            } else {
+                Ok(())
+            }
+        });
+        if let Err(error) = read {
+            return Err(incomplete(error, &came));
+        }
+        let came = Bytes::from(came);
+        Response::decode(came.slice(head..))
+            .map_err(|error| Broken::Foreign(format!("it answered {}, which is no Response ({error})", shown(&came))))
+    }
+}
+
+/// A socket with a moment at which all waiting ends in [`ErrorKind::TimedOut`].
+#[derive(Debug)]
+struct Timed {
+    stream: TcpStream,
+    deadline: Option<Instant>,
+}
+
+impl Timed {
+    /// How long may be waited yet.
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        match left {
+            Some(Duration::ZERO) => Err(ErrorKind::TimedOut.into()),
+            left => Ok(left),
+        }
+    }
+}
+
+/// The system's word for a timeout is the one for a socket that does not wait.
+fn timed_out(error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buffer).map_err(timed_out)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes).map_err(timed_out)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+/// The first key of a command, and how many there are.
+fn keys_of(command: &Command) -> (Option<&[u8]>, usize) {
+    match command {
+        Command::Get(proto::Get { keys, .. }) | Command::Delete(proto::Delete { keys, .. }) => {
+            (keys.first().map(Vec::as_slice), keys.len())
+        }
+        Command::Set(proto::Set { entries }) => (entries.first().map(|entry| entry.key.as_slice()), entries.len()),
+        _ => (None, 0),
+    }
+}
+
+/// An answer to the connection more than to a request: it need not repeat an id, and nothing is asked there afterwards.
+fn is_last(answer: &Response) -> bool {
+    let code = Code::try_from(answer.code);
+    code == Ok(Code::Unavailable) || answer.id == 0 && code != Ok(Code::Ok)
+}
+
+/// The beginning of something strange, in quotes.
+fn shown(bytes: &[u8]) -> String {
+    let front = &bytes[..bytes.len().min(SHOWN_BYTES_MAX)];
+    format!("\"{}\"", front.escape_ascii())
+}
+
+/// Rounded up, so that a short time does not become none.
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+fn version(number: u64) -> Option<Version> {
+    (number != 0).then_some(Version(number))
+}
+
+fn wire_condition(condition: Condition) -> Option<proto::Condition> {
+    use proto::condition::Is;
+    let is = match condition {
+        Condition::Always => return None,
+        Condition::Absent => Is::Absent(true),
+        Condition::Present => Is::Present(true),
+        Condition::VersionIs(Version(version)) => Is::Version(version),
+    };
+    Some(proto::Condition { is: Some(is) })
 }

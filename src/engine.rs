@@ -382,7 +382,7 @@ impl Engine {
     fn is_below_own_limit(&self, session: &Session) -> bool {
         session.in_flight() <= self.config.limits.requests_in_flight_max as usize / 2
             && session.output_bytes() as u64 <= self.config.limits.output_bytes_max.0 / 2
-            && !session.awaits_report()
+            && !session.gathers_report()
     }
 
     /// Decodes from the session's own input.
@@ -661,7 +661,7 @@ impl Engine {
             }
             Decoded::Broadcast(broadcast, shape) => {
                 // One at a time: a report is large, and all cores work for it.
-                if session.awaits_report() {
+                if session.gathers_report() {
                     session.blocked = Blocked::Own;
                     return Outcome::NotYet;
                 }

@@ -42,7 +42,7 @@
 //! | L2 | `shard`, `shards` | what a command does; the shards of one core |
 //! | L3 | `session`, [`link`], [`engine`] | one connection, one neighbour, one core |
 //! | L4 | [`runtime`] | threads, executors, sockets, files, clocks: the only place that waits |
-//! | L5 | the binaries | command lines |
+//! | L5 | [`client`], the binaries | the other end of a connection; command lines |
 //!
 //! # The life of one GET
 //!
@@ -57,6 +57,7 @@
 //! No allocation, no lock and no system call belongs to the request alone.
 
 pub mod budget;
+pub mod client;
 pub mod config;
 pub mod encoding;
 pub mod engine;

@@ -184,7 +184,7 @@ impl Session {
     }
 
     /// A report of all cores is under way.
-    pub(crate) fn awaits_report(&self) -> bool {
+    pub(crate) fn gathers_report(&self) -> bool {
         self.reports > 0
     }
 

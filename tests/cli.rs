@@ -6,11 +6,12 @@ use memkv::config::{Config, Listen};
 use memkv::protocol::Protocol;
 use memkv::runtime::Server;
 use socket2::{Domain, Socket, Type};
+use std::fmt::Display;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 fn start() -> (Server, SocketAddr) {
     let config = Config {
@@ -25,17 +26,33 @@ fn start() -> (Server, SocketAddr) {
     (server, address)
 }
 
-fn client(address: SocketAddr) -> Command {
+/// A server of two cores, each with a port of its own, as `--server` names it.
+fn start_protobuf() -> (Server, String) {
+    let config = Config {
+        cores: Some(2),
+        memcached: Listen::Off,
+        text: Some(Listen::Off),
+        protobuf: "127.0.0.1:0".parse().unwrap(),
+        core_ports: Some(0),
+        token_seed: Some(77),
+        ..Config::default()
+    };
+    let server = Server::start(config).unwrap();
+    let address = server.address(Protocol::Protobuf).unwrap();
+    (server, format!("protobuf://{address}"))
+}
+
+fn client(address: impl Display) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_memkv-cli"));
     command.arg("--server").arg(address.to_string()).stdin(Stdio::null());
     command
 }
 
-fn run(address: SocketAddr, arguments: &[&str]) -> Output {
+fn run(address: impl Display, arguments: &[&str]) -> Output {
     client(address).args(arguments).output().unwrap()
 }
 
-fn open_pipe(address: SocketAddr) -> Child {
+fn open_pipe(address: impl Display) -> Child {
     client(address)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -44,7 +61,7 @@ fn open_pipe(address: SocketAddr) -> Child {
         .unwrap()
 }
 
-fn pipe(address: SocketAddr, lines: impl AsRef<[u8]>) -> Output {
+fn pipe(address: impl Display, lines: impl AsRef<[u8]>) -> Output {
     let mut child = open_pipe(address);
     // A client that has given up reads no further.
     let _ = child.stdin.take().unwrap().write_all(lines.as_ref());
@@ -314,6 +331,8 @@ fn wrong_arguments() {
         &["incr", "k", "-1"],
         &["set", "k", "v", "--ttl", "soon"],
         &["--server", "nowhere", "version"],
+        &["--server", "http://localhost:80", "version"],
+        &["--server", "protobuf://7001", "version"],
         &["--timeout", "0", "version"],
         &["--timeout", "never", "version"],
     ] {
@@ -397,4 +416,161 @@ fn whoever_reads_may_stop() {
     let (code, _, err) = parts(&child.wait_with_output().unwrap());
     assert_eq!((code, err.as_str()), (0, ""));
     server.stop();
+}
+
+#[test]
+fn values_come_back_over_protobuf() {
+    // The same script as over memcached, with the same output, and with keys that only this protocol knows.
+    let (server, address) = start_protobuf();
+    expect_out(&run(&address, &["set", "a", " two  words "]), "STORED\n");
+    expect_out(&run(&address, &["get", "a"]), " two  words ");
+    expect_out(&run(&address, &["set", "--", "-- a key\n", ""]), "STORED\n");
+    expect_out(&run(&address, &["get", "--", "-- a key\n", "a"]), "\n two  words \n");
+    expect_out(
+        &run(&address, &["delete", "a", "--", "-- a key\n"]),
+        "DELETED\nDELETED\n",
+    );
+    for arguments in [["get", "none"], ["delete", "none"]] {
+        expect_error(&run(&address, &arguments), 1, &["none (not found)"]);
+    }
+    let century = (100 * 365 * 24 * 3600u64).to_string();
+    expect_out(
+        &run(&address, &["set", "n", "7", "--ttl", &century, "--flags", "3"]),
+        "STORED\n",
+    );
+    let url = address.strip_prefix("protobuf://").unwrap();
+    let item = memkv::client::Client::connect(url).unwrap().get("n").unwrap().unwrap();
+    let left = item.expires_at.unwrap().duration_since(SystemTime::now()).unwrap();
+    assert_eq!((item.flags, left.as_secs() / 86_400), (3, 36_499));
+    expect_out(&run(&address, &["set", "b", "1", "--ttl", "1"]), "STORED\n");
+    std::thread::sleep(Duration::from_millis(1100));
+    expect_error(&run(&address, &["get", "b"]), 1, &["(not found)"]);
+    expect_out(&run(&address, &["flush"]), "OK\n");
+    let (code, out, _) = parts(&run(&address, &["get", "n"]));
+    assert_eq!((code, out.as_str()), (1, ""));
+    expect_out(&run(&address, &["version"]), concat!(env!("CARGO_PKG_VERSION"), "\n"));
+
+    let lines = b"set \"a b\\n\\xff\" \"\\x00\\xff\"\nget \"a b\\n\\xff\"\nget none\nset k  v w \nget k\n";
+    let output = pipe(&address, lines);
+    assert_eq!(output.stdout, b"STORED\n\x00\xff\nSTORED\nv w\n");
+    let (code, _, err) = parts(&output);
+    assert_eq!((code, err.as_str()), (0, "memkv-cli: none (not found)\n"));
+    server.stop();
+}
+
+#[test]
+fn an_operator_sees_latencies_and_ranges() {
+    // The counters, what latencies were, and which core has what: readable, and in columns.
+    let (server, address) = start_protobuf();
+    let sets: String = (0..50).map(|number| format!("set {number} x\n")).collect();
+    pipe(&address, sets);
+    let (code, out, err) = parts(&run(&address, &["metrics"]));
+    assert_eq!((code, err.as_str()), (0, ""));
+    let (counters, latencies) = out.split_once("\n\n").expect("an empty line between");
+    let has = |table: &str, cells: [&str; 2]| table.lines().any(|line| line.split_whitespace().eq(cells));
+    assert!(has(counters, ["cores", "2"]) && has(counters, ["sets", "50"]), "{out}");
+    assert!(has(counters, ["server_version", env!("CARGO_PKG_VERSION")]), "{out}");
+    let mut lines = latencies.lines();
+    let heads = "latency core count min p50 p90 p99 p99.9 p99.99 max";
+    assert_eq!(
+        lines.next().unwrap().split_whitespace().collect::<Vec<_>>().join(" "),
+        heads
+    );
+    let mut count = 0;
+    let mut length = None;
+    for line in lines {
+        assert_eq!(*length.get_or_insert(line.len()), line.len(), "{out}");
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        assert!(["own", "another"].contains(&cells[1]), "{out}");
+        assert!(
+            cells[3..].iter().all(|time| time.ends_with('s') && time.len() <= 6),
+            "{out}"
+        );
+        if cells[0] == "set" {
+            count += cells[2].parse::<u64>().unwrap();
+        }
+    }
+    assert_eq!(count, 50, "{out}");
+
+    let ports = server.core_ports();
+    let expected = format!(
+        "partitioner  hashed
+seed         77
+cores        2
+
+first token       last token        core   port
+0000000000000000  7fffffffffffffff     0  {:5}
+8000000000000000  ffffffffffffffff     1  {:5}
+",
+        ports[0], ports[1]
+    );
+    expect_out(&run(&address, &["topology"]), &expected);
+    server.stop();
+}
+
+#[test]
+fn each_protocol_has_its_commands() {
+    // Who asks for what the protocol does not have is told which one has it, before anything is sent.
+    let nobody = "protobuf://127.0.0.1:9";
+    for arguments in [
+        ["stats"].as_slice(),
+        &["incr", "k"],
+        &["decr", "k"],
+        &["touch", "k", "5"],
+    ] {
+        expect_error(
+            &run(nobody, arguments),
+            2,
+            &[arguments[0], "needs the memcached protocol", "--server HOST:PORT"],
+        );
+    }
+    for command in ["metrics", "topology"] {
+        let words = [command, "needs the protobuf protocol", "--server protobuf://HOST:PORT"];
+        expect_error(&run("127.0.0.1:9", &[command]), 2, &words);
+        expect_error(&run("memcached://127.0.0.1:9", &[command]), 2, &words);
+    }
+    let (server, address) = start();
+    let memcached = format!("memcached://{address}");
+    expect_out(&run(&memcached, &["set", "k", "v"]), "STORED\n");
+    expect_error(&pipe(&memcached, "topology\n"), 1, &["line 1: topology needs"]);
+    server.stop();
+    let (server, address) = start_protobuf();
+    let (code, out, err) = parts(&pipe(&address, "incr k\nset k v\nget k\n"));
+    assert_eq!((code, out.as_str()), (1, "STORED\nv\n"));
+    assert!(err.contains("line 1: incr needs"), "{err}");
+    server.stop();
+}
+
+#[test]
+fn what_fails_over_protobuf() {
+    // Refusals, a server that is none, one that hangs, and nobody at all: a clear message each.
+    let (server, address) = start_protobuf();
+    expect_error(&run(&address, &["get", ""]), 1, &["INVALID_ARGUMENT", "empty"]);
+    let mut large = b"set large ".to_vec();
+    large.resize(large.len() + (1 << 20) + 1, b'x');
+    large.extend_from_slice(b"\nset k v\n");
+    let (code, out, err) = parts(&pipe(&address, large));
+    assert_eq!((code, out.as_str()), (1, "STORED\n"), "{err}");
+    assert!(err.contains("line 1: the server answered TOO_LARGE"), "{err}");
+    server.stop();
+    let (code, _, err) = parts(&pipe(&address, "version\nversion\n"));
+    assert_eq!((code, err.lines().count()), (1, 1), "{err}");
+    let words = ["refused", "start memkv-tpc", "--server protobuf://"];
+    expect_error(&run(&address, &["version"]), 1, &words);
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("protobuf://{}", listener.local_addr().unwrap());
+    let words = ["did not answer within 200ms", "--timeout", "right port"];
+    expect_error(&run(&address, &["--timeout", "200ms", "version"]), 1, &words);
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("protobuf://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 64]);
+        let _ = stream.write_all(&b"HTTP/1.1 400 Bad Request\r\n".repeat(10));
+        let _ = stream.shutdown(Shutdown::Both);
+    });
+    let words = ["does not speak the protobuf protocol", "HTTP/1.1 400", "right port"];
+    expect_error(&run(&address, &["version"]), 1, &words);
 }
