@@ -3,6 +3,7 @@
 use crate::io::{self, Engine};
 use crate::process::{CpuSample, CpuShares, ProcessSample, ServerUse, pin, precise_timers, raise_file_limit};
 use crate::protocol::{Protocol, ProtocolName};
+use crate::route::Routes;
 use crate::stats::{ErrorKind, Errors, WorkerSummary};
 use crate::with_protocol;
 use crate::worker::{Connection, Phase, Shared, VerifyValues, Worker, WorkerConfig};
@@ -18,6 +19,8 @@ pub struct RunConfig {
     pub protocol: ProtocolName,
     /// The server.
     pub target: SocketAddr,
+    /// Whether each request goes to the core that owns its key.
+    pub route: bool,
     /// Connections, over all threads.
     pub connections: usize,
     /// Requests in flight per connection.
@@ -107,12 +110,12 @@ pub struct View {
     pub replies: u64,
 }
 
-/// Opens `n` connections.
+/// Opens `n` connections, to each of `targets` in turn.
 ///
 /// # Errors
 ///
 /// A sentence naming cause and remedy.
-pub fn connect(target: SocketAddr, n: usize) -> Result<Vec<TcpStream>, String> {
+pub fn connect(targets: &[SocketAddr], n: usize) -> Result<Vec<TcpStream>, String> {
     let limit = raise_file_limit();
     if limit < n as u64 + 32 {
         return Err(format!(
@@ -121,8 +124,14 @@ pub fn connect(target: SocketAddr, n: usize) -> Result<Vec<TcpStream>, String> {
         ));
     }
     let mut sockets = Vec::with_capacity(n);
-    for i in 0..n {
-        let socket = TcpStream::connect_timeout(&target, Duration::from_secs(5)).map_err(|error| {
+    if n < targets.len() {
+        let cores = targets.len();
+        return Err(format!(
+            "{n} connections do not reach the {cores} cores that own keys; use at least one for each"
+        ));
+    }
+    for (i, target) in (0..n).zip(targets.iter().cycle()) {
+        let socket = TcpStream::connect_timeout(target, Duration::from_secs(5)).map_err(|error| {
             format!(
                 "cannot open connection {} of {n} to {target}: {error}; check that the server is running, that the \
                  address is right and that it allows this many connections",
@@ -185,14 +194,22 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
         ProcessSample::take(pid).map_err(|e| format!("--server-pid {pid}: {e}; give the id of a running process"))?;
     }
     let chooser = KeyChooser::new(config.keys, config.distribution);
-    let mut sockets = connect(config.target, config.connections)?;
+    let (targets, choosers): (Vec<_>, Vec<_>) = if config.route {
+        let shares = Routes::ask(config.protocol, config.target)?.shares(&population, &chooser);
+        shares.into_iter().map(|share| (share.address, share.chooser)).unzip()
+    } else {
+        (vec![config.target], vec![chooser])
+    };
+    let mut sockets = connect(&targets, config.connections)?;
+    // By chooser: how many connections it has, and how many of them have got their part of the preload.
+    let connections_of = |chooser: usize| (config.connections - chooser).div_ceil(choosers.len()) as u64;
+    let mut given = vec![0; choosers.len()];
     let shared = Shared::new(config.threads);
 
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..config.threads)
             .map(|index| {
                 let share = |n: u64, i: usize| n * i as u64 / config.threads as u64;
-                let preload = share(config.keys, index)..share(config.keys, index + 1);
                 let count = |total: u64| share(total, index + 1) - share(total, index);
                 let worker_config = WorkerConfig {
                     pipeline: config.pipeline,
@@ -209,8 +226,17 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
                     spin: config.spin,
                     interval_ns: config.interval.as_nanos() as u64,
                 };
-                let mine = sockets.split_off(sockets.len() - sockets.len() / (config.threads - index));
-                let (population, chooser, shared) = (&population, &chooser, &shared);
+                let first = sockets.len() - sockets.len() / (config.threads - index);
+                let numbered = sockets.split_off(first).into_iter().zip(first..);
+                let mine: Vec<_> = numbered.map(|(socket, i)| (socket, i % choosers.len())).collect();
+                let mut part = |chooser: usize| {
+                    let place = |given: u64| choosers[chooser].keys() * given / connections_of(chooser);
+                    let start = place(given[chooser]);
+                    given[chooser] += mine.iter().filter(|(_, c)| *c == chooser).count() as u64;
+                    start..place(given[chooser])
+                };
+                let preload = (0..choosers.len()).map(&mut part).collect();
+                let (population, choosers, shared) = (&population, &choosers, &shared);
                 scope.spawn(move || -> Result<WorkerSummary, String> {
                     // Whatever happens, the watching thread must learn of the end.
                     let _ended = OnDrop(|| shared.progress[index].ended.store(true, Ordering::Release));
@@ -223,9 +249,9 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
                     }
                     let mut connections: Vec<_> = mine
                         .into_iter()
-                        .map(|socket| Connection::new(socket, &worker_config))
+                        .map(|(socket, chooser)| Connection::new(socket, chooser, &worker_config))
                         .collect();
-                    let mut worker = Worker::<P>::new(worker_config, population, chooser, shared, index, preload);
+                    let mut worker = Worker::<P>::new(worker_config, population, choosers, shared, index, preload);
                     io::run(config.engine, &mut worker, &mut connections)
                         .map_err(|e| format!("cannot wait for sockets: {e}; try another --io"))?;
                     Ok(worker.tally.into_summary())

@@ -41,7 +41,13 @@ impl Engine {
     /// pipelines and the same with deep ones.
     pub fn resolve(self) -> Engine {
         match self {
-            Engine::Auto if build_uring(1, false).and_then(|uring| Buffers::new(&uring, 1)).is_ok() => Engine::Uring,
+            Engine::Auto
+                if build_uring(1, false)
+                    .and_then(|uring| Buffers::new(&uring, 1, URING_BUFFER))
+                    .is_ok() =>
+            {
+                Engine::Uring
+            }
             Engine::Auto => Engine::Epoll,
             chosen => chosen,
         }
@@ -257,17 +263,18 @@ const RECEIVE: u64 = 0;
 const SEND: u64 = 1;
 
 /// Buffers that the kernel picks from when bytes arrive.
-struct Buffers {
+pub(crate) struct Buffers {
     ring: *mut BufRingEntry,
     ring_bytes: usize,
     memory: Box<[u8]>,
+    buffer_bytes: usize,
     count: u16,
     tail: u16,
 }
 
 impl Buffers {
-    fn new(uring: &IoUring, connections: usize) -> io::Result<Self> {
-        let count = connections.next_power_of_two().clamp(URING_BUFFERS.0, URING_BUFFERS.1) as u16;
+    /// `count` buffers, which is a power of two, of `buffer_bytes` each, as group 0 of `uring`. They must outlive it.
+    pub(crate) fn new(uring: &IoUring, count: u16, buffer_bytes: usize) -> io::Result<Self> {
         let ring_bytes = usize::from(count) * size_of::<BufRingEntry>();
         // SAFETY: an anonymous mapping, which is page-aligned and zeroed; failure is handled.
         let ring = unsafe {
@@ -283,11 +290,12 @@ impl Buffers {
         if ring == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let memory = vec![0u8; usize::from(count) * URING_BUFFER].into_boxed_slice();
+        let memory = vec![0u8; usize::from(count) * buffer_bytes].into_boxed_slice();
         let mut buffers = Buffers {
             ring: ring.cast(),
             ring_bytes,
             memory,
+            buffer_bytes,
             count,
             tail: 0,
         };
@@ -301,22 +309,22 @@ impl Buffers {
 
     /// The first `len` bytes of buffer `id`.
     #[inline(always)]
-    fn bytes(&self, id: u16, len: usize) -> &[u8] {
-        let start = usize::from(id) * URING_BUFFER;
+    pub(crate) fn bytes(&self, id: u16, len: usize) -> &[u8] {
+        let start = usize::from(id) * self.buffer_bytes;
         &self.memory[start..start + len]
     }
 
     /// Lets the kernel use buffer `id` again.
     #[inline(always)]
-    fn give_back(&mut self, id: u16) {
+    pub(crate) fn give_back(&mut self, id: u16) {
         let at = usize::from(self.tail & (self.count - 1));
-        let address = self.memory.as_mut_ptr() as u64 + (usize::from(id) * URING_BUFFER) as u64;
+        let address = self.memory.as_mut_ptr() as u64 + (usize::from(id) * self.buffer_bytes) as u64;
         // SAFETY: `at` is below the number of entries in the mapping; the kernel reads an entry only below the tail,
         // which is stored afterwards.
         unsafe {
             let entry = &mut *self.ring.add(at);
             entry.set_addr(address);
-            entry.set_len(URING_BUFFER as u32);
+            entry.set_len(self.buffer_bytes as u32);
             entry.set_bid(id);
         }
         self.tail = self.tail.wrapping_add(1);
@@ -370,7 +378,11 @@ fn run_uring<P: Protocol>(worker: &mut Worker<'_, P>, connections: &mut [Connect
         .map(|c| c.socket.as_ref().map_or(-1, |socket| socket.as_raw_fd()))
         .collect();
     uring.submitter().register_files(&sockets)?;
-    let buffers = Buffers::new(&uring, connections.len())?;
+    let count = connections
+        .len()
+        .next_power_of_two()
+        .clamp(URING_BUFFERS.0, URING_BUFFERS.1);
+    let buffers = Buffers::new(&uring, count as u16, URING_BUFFER)?;
     let sending = connections.iter().map(|_| Sending::default()).collect();
     let mut this = UringLoop {
         uring,

@@ -2,12 +2,14 @@
 
 pub mod compare;
 pub mod driver;
+pub mod echo;
 pub mod hdr;
 pub mod io;
 pub mod plot;
 pub mod process;
 pub mod protocol;
 pub mod report;
+pub mod route;
 pub mod servers;
 pub mod stats;
 pub mod verify;

@@ -4,21 +4,22 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use clap::{Args, Parser, Subcommand};
-use memkv_bench::compare::compare;
+use memkv_bench::compare::{Pace, Plan, compare};
 use memkv_bench::driver::{self, RunConfig, View};
 use memkv_bench::io::Engine;
-use memkv_bench::process::{parse_cpus, pin};
+use memkv_bench::process::{end_request, parse_cpus, pin, raise_file_limit};
 use memkv_bench::protocol::ProtocolName;
 use memkv_bench::report::{Report, grouped};
 use memkv_bench::servers::{Server, known, read_targets};
 use memkv_bench::verify::{VerifyConfig, verify};
 use memkv_bench::worker::{Phase, VerifyValues};
 use memkv_bench::workload::{DistributionSpec, Ratio, SizeSpec};
-use memkv_bench::{hdr, plot};
+use memkv_bench::{echo, hdr, plot};
 use serde::Serialize;
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
-use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -45,6 +46,11 @@ enum Task {
     Verify(VerifyArgs),
     /// Put the same load on several servers in turn and set the results side by side
     Compare(Box<CompareArgs>),
+    /// Be the server, and answer without storing anything: what the network path costs by itself
+    ///
+    /// Speaks as much of memcached's text protocol as this program needs, from one thread, until SIGTERM or SIGINT. Its
+    /// values are not those that were written: add --verify-values off to a run.
+    Echo(EchoArgs),
 }
 
 #[derive(Debug, Args)]
@@ -89,6 +95,10 @@ struct ServerArgs {
     /// Address of the server
     #[arg(long, value_name = "HOST:PORT", value_parser = parse_target)]
     target: SocketAddr,
+    /// Send each request to the core that owns its key, over a connection to that core's port (protobuf only; the server
+    /// needs --core-ports). The cores get equal numbers of connections, each of which asks for keys of its core
+    #[arg(long)]
+    route: bool,
 }
 
 /// How much is asked, and for how long.
@@ -191,10 +201,23 @@ struct CompareArgs {
     /// Servers to start, if installed: memcached, redis
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     with: Vec<String>,
-    /// A TOML file of [[server]] tables: name, protocol, and command (with {port} and {cpu}) or address and pid
+    /// A TOML file of [[server]] tables: name, protocol, and command (with {port} and {cpu}) or address and pid; perhaps
+    /// route = true, and verify_values
     #[arg(long, value_name = "FILE")]
     targets: Option<PathBuf>,
-    /// Pipeline depths to compare at
+    /// Of the servers in the file, take these only
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "targets")]
+    only: Vec<String>,
+    /// Give ratios to this server instead of the best of the others
+    #[arg(long, value_name = "NAME")]
+    against: Option<String>,
+    /// Open loop: send this many requests per second to each server
+    #[arg(long, value_name = "PER_SECOND")]
+    rate: Option<f64>,
+    /// Open loop at a share of the peak of one of the servers, such as memcached:0.6, which is measured first
+    #[arg(long, value_name = "NAME:SHARE", conflicts_with = "rate")]
+    rate_of: Option<Pace>,
+    /// Pipeline depths to compare at; in an open loop, the most requests that may be in flight per connection
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,16,64")]
     pipelines: Vec<usize>,
     /// Rounds; the table shows medians
@@ -209,6 +232,19 @@ struct CompareArgs {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct EchoArgs {
+    /// Where to listen; port 0 lets the system choose
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_target)]
+    listen: SocketAddr,
+    /// Bytes of every value
+    #[arg(long, value_name = "BYTES", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=echo::VALUE_MAX as i64))]
+    value_size: u32,
+    /// CPU to run on
+    #[arg(long, value_name = "N")]
+    cpu: Option<usize>,
 }
 
 fn parse_target(text: &str) -> Result<SocketAddr, String> {
@@ -252,6 +288,7 @@ fn main() -> ExitCode {
         Task::Run(args) => run(*args),
         Task::Verify(args) => run_verify(&args),
         Task::Compare(args) => run_compare(*args),
+        Task::Echo(args) => run_echo(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -281,6 +318,7 @@ fn config(load: &LoadArgs, work: &WorkArgs, count: Option<u64>) -> Result<RunCon
     Ok(RunConfig {
         protocol: ProtocolName::Memcached,
         target: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        route: false,
         connections: load.connections,
         pipeline: 1,
         threads: load.threads,
@@ -325,6 +363,7 @@ fn run(args: RunArgs) -> Result<bool, String> {
     let config = RunConfig {
         protocol: args.server.protocol,
         target: args.server.target,
+        route: args.server.route,
         pipeline: args.pipeline,
         cpus: args.cpus.unwrap_or_default(),
         rate: args.rate,
@@ -413,6 +452,7 @@ fn run_verify(args: &VerifyArgs) -> Result<bool, String> {
     let report = verify(&VerifyConfig {
         protocol: args.server.protocol,
         target: args.server.target,
+        route: args.server.route,
         clients: args.clients,
         rounds: args.rounds,
         max_key: args.max_key,
@@ -429,11 +469,41 @@ fn run_verify(args: &VerifyArgs) -> Result<bool, String> {
     Ok(report.is_clean())
 }
 
+fn run_echo(args: &EchoArgs) -> Result<bool, String> {
+    if let Some(cpu) = args.cpu {
+        pin(&[cpu]).map_err(|e| format!("cannot run on CPU {cpu}: {e}; name another with --cpu"))?;
+    }
+    raise_file_limit();
+    let stop = end_request().map_err(|e| format!("cannot wait for signals: {e}"))?;
+    let listener = TcpListener::bind(args.listen).map_err(|e| {
+        format!(
+            "cannot listen on {}: {e}; name another address with --listen",
+            args.listen
+        )
+    })?;
+    let address = listener.local_addr().map_err(|e| format!("cannot listen: {e}"))?;
+    println!("listening on {address}");
+    echo::run(listener, args.value_size as usize, stop.as_fd()).map_err(|e| format!("cannot go on: {e}"))?;
+    Ok(true)
+}
+
 fn run_compare(args: CompareArgs) -> Result<bool, String> {
     let mut specs = match &args.targets {
         Some(path) => read_targets(path)?,
         None => Vec::new(),
     };
+    if let Some(name) = args
+        .only
+        .iter()
+        .find(|name| specs.iter().all(|spec| spec.name != **name))
+    {
+        let names: Vec<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        return Err(format!(
+            "--only {name}: there is no such server in the file; it has {}",
+            names.join(", ")
+        ));
+    }
+    specs.retain(|spec| args.only.is_empty() || args.only.contains(&spec.name));
     for name in &args.with {
         specs.push(known(name)?);
     }
@@ -460,7 +530,13 @@ fn run_compare(args: CompareArgs) -> Result<bool, String> {
     let servers = servers?;
     pin_generator(&base.cpus)?;
     let live = std::io::stderr().is_terminal();
-    let comparison = compare(&servers, &base, &args.pipelines, args.rounds, &mut |what| {
+    let plan = Plan {
+        pipelines: args.pipelines,
+        rounds: args.rounds,
+        pace: args.rate_of.or(args.rate.map(Pace::Rate)).unwrap_or(Pace::Closed),
+        against: args.against,
+    };
+    let comparison = compare(&servers, &base, &plan, &mut |what| {
         if live {
             eprint!("\r\x1b[K{what}");
         }

@@ -10,6 +10,8 @@ use hdrhistogram::Histogram;
 use std::fmt::Write;
 
 const WIDTH: f64 = 960.0;
+/// What the time axes say.
+const SECONDS: &str = "seconds since the measurement began";
 const LEFT: f64 = 90.0;
 const RIGHT: f64 = 40.0;
 /// Colours that people with the common kinds of colour blindness tell apart.
@@ -83,6 +85,35 @@ impl Panel {
         )
     }
 
+    fn x_label(&self, svg: &mut String, label: &str) -> std::fmt::Result {
+        writeln!(
+            svg,
+            r#"<text x="{:.1}" y="{:.1}" class="middle">{label}</text>"#,
+            (LEFT + WIDTH - RIGHT) / 2.0,
+            self.bottom() + 38.0
+        )
+    }
+
+    /// Names, colours and dashes of lines, flush right above the frame, where no line can be.
+    fn legend(&self, svg: &mut String, entries: &[(&str, &str, &str)]) -> std::fmt::Result {
+        let mut right = WIDTH - RIGHT;
+        let y = self.top - 12.0;
+        for (name, colour, dash) in entries.iter().rev() {
+            // About as wide as the letters of a common font.
+            let at = right - 7.0 * name.len() as f64;
+            writeln!(svg, r#"<text x="{at:.1}" y="{y:.1}">{name}</text>"#)?;
+            let from = at - 30.0;
+            writeln!(
+                svg,
+                r#"<line x1="{from:.1}" x2="{:.1}" y1="{mid:.1}" y2="{mid:.1}" class="line" stroke="{colour}"{dash}/>"#,
+                from + 24.0,
+                mid = y - 4.0
+            )?;
+            right = from - 22.0;
+        }
+        Ok(())
+    }
+
     fn line(&self, svg: &mut String, colour: &str, dash: &str, points: &[(f64, f64)]) -> std::fmt::Result {
         write!(svg, r#"<polyline class="line" stroke="{colour}"{dash} points=""#)?;
         for &(x, y) in points {
@@ -109,7 +140,7 @@ pub fn svg(report: &Report, outcome: &Outcome) -> String {
 }
 
 fn draw(svg: &mut String, report: &Report, outcome: &Outcome) -> std::fmt::Result {
-    let height = 1010.0;
+    let height = 1030.0;
     writeln!(
         svg,
         r#"<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">
@@ -210,6 +241,7 @@ fn percentiles(svg: &mut String, outcome: &Outcome) -> std::fmt::Result {
             panel.x_tick(svg, nines(quantile), &label)?;
         }
     }
+    let mut entries = Vec::new();
     for (i, (name, points)) in curves.iter().enumerate() {
         // The sum of all is drawn last; where it hides the others it must let them show through.
         let (colour, dash) = match *name {
@@ -217,15 +249,10 @@ fn percentiles(svg: &mut String, outcome: &Outcome) -> std::fmt::Result {
             _ => (COLOURS[i % 4], ""),
         };
         panel.line(svg, colour, dash, points)?;
-        let (x, y) = (LEFT + 16.0, panel.top + 22.0 + 18.0 * i as f64);
-        writeln!(
-            svg,
-            r#"<rect x="{x}" y="{:.1}" width="18" height="4" fill="{colour}"/>"#,
-            y - 6.0
-        )?;
-        writeln!(svg, r#"<text x="{}" y="{y:.1}">{name}</text>"#, x + 26.0)?;
+        entries.push((*name, colour, dash));
     }
-    Ok(())
+    panel.legend(svg, &entries)?;
+    panel.x_label(svg, "share of requests that were at least this quick")
 }
 
 fn over_time(svg: &mut String, series: &[Point], elapsed_s: f64) -> std::fmt::Result {
@@ -237,7 +264,7 @@ fn over_time(svg: &mut String, series: &[Point], elapsed_s: f64) -> std::fmt::Re
     let (_, high) = bounds(rates.iter().map(|p| p.1), 1.0);
     let (high, ticks) = linear_ticks(high, grouped);
     let panel = Panel {
-        top: 490.0,
+        top: 500.0,
         height: 190.0,
         x: (0.0, end),
         y: (0.0, high),
@@ -246,26 +273,23 @@ fn over_time(svg: &mut String, series: &[Point], elapsed_s: f64) -> std::fmt::Re
     panel.frame(svg, "Throughput over time, operations/s", &ticks)?;
     time_ticks(svg, &panel, end)?;
     panel.line(svg, COLOURS[0], "", &rates)?;
+    panel.x_label(svg, SECONDS)?;
 
     let (_, high) = bounds(p99_9.iter().map(|p| p.1), 1.0);
     let (high, ticks) = linear_ticks(high, time_label);
     let panel = Panel {
-        top: 760.0,
+        top: 780.0,
         height: 190.0,
         x: (0.0, end),
         y: (0.0, high),
         log_y: false,
     };
-    panel.frame(svg, "Latency over time: 99.9 % (upper line) and median", &ticks)?;
+    panel.frame(svg, "Latency over time", &ticks)?;
     time_ticks(svg, &panel, end)?;
     panel.line(svg, COLOURS[1], "", &p99_9)?;
     panel.line(svg, COLOURS[2], "", &p50)?;
-    writeln!(
-        svg,
-        r#"<text x="{:.1}" y="{:.1}" class="middle">seconds since the measurement began</text>"#,
-        (LEFT + WIDTH - RIGHT) / 2.0,
-        panel.bottom() + 40.0
-    )
+    panel.legend(svg, &[("99.9 %", COLOURS[1], ""), ("median", COLOURS[2], "")])?;
+    panel.x_label(svg, SECONDS)
 }
 
 fn time_ticks(svg: &mut String, panel: &Panel, end: f64) -> std::fmt::Result {
@@ -313,8 +337,10 @@ fn time_label(us: f64) -> String {
         format!("{} s", trim(us / 1e6))
     } else if us >= 1e3 {
         format!("{} ms", trim(us / 1e3))
-    } else {
+    } else if us > 0.0 {
         format!("{} µs", trim(us))
+    } else {
+        "0".to_string()
     }
 }
 

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use std::fs;
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Nanoseconds of one tick of the clock that /proc counts CPU time in.
@@ -22,13 +23,26 @@ fn cpu_ns(stat: &str) -> Option<u64> {
     Some((user + system) * tick_ns())
 }
 
+/// How long a task was ready to run while something else had the CPU, from the text of its `schedstat` file.
+pub fn queued_ns(schedstat: &str) -> Option<u64> {
+    schedstat.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// One thread of a process, at one moment.
+#[derive(Debug, Clone, Copy)]
+struct ThreadSample {
+    id: u32,
+    cpu_ns: u64,
+    queued_ns: u64,
+}
+
 /// The CPU time a process has used, at one moment.
 #[derive(Debug, Clone)]
 pub struct ProcessSample {
     pid: u32,
     at: Instant,
     cpu_ns: u64,
-    threads: Vec<(u32, u64)>,
+    threads: Vec<ThreadSample>,
 }
 
 impl ProcessSample {
@@ -43,15 +57,21 @@ impl ProcessSample {
         let cpu_ns = cpu_ns(&stat).ok_or_else(|| io::Error::other("unreadable stat file"))?;
         let mut threads = Vec::new();
         for entry in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
-            let Some(tid) = entry.file_name().to_str().and_then(|t| t.parse().ok()) else {
+            let Some(id) = entry.file_name().to_str().and_then(|t| t.parse().ok()) else {
                 continue;
             };
             // A thread may end between the listing and the reading.
             let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
                 continue;
             };
-            if let Some(ns) = self::cpu_ns(&stat) {
-                threads.push((tid, ns));
+            // Not every kernel counts this.
+            let schedstat = fs::read_to_string(entry.path().join("schedstat")).unwrap_or_default();
+            if let Some(cpu_ns) = self::cpu_ns(&stat) {
+                threads.push(ThreadSample {
+                    id,
+                    cpu_ns,
+                    queued_ns: queued_ns(&schedstat).unwrap_or(0),
+                });
             }
         }
         Ok(ProcessSample {
@@ -66,11 +86,15 @@ impl ProcessSample {
     pub fn until(&self, later: &ProcessSample, operations: u64) -> ServerUse {
         let wall_ns = later.at.duration_since(self.at).as_nanos().max(1) as f64;
         let used_ns = later.cpu_ns.saturating_sub(self.cpu_ns) as f64;
-        let share = |&(tid, ns): &(u32, u64)| {
-            let before = self.threads.iter().find(|t| t.0 == tid).map_or(0, |t| t.1);
-            ns.saturating_sub(before) as f64 / wall_ns
+        let shares_of = |ns: fn(&ThreadSample) -> u64| {
+            let share = |after: &ThreadSample| {
+                let before = self.threads.iter().find(|t| t.id == after.id).map_or(0, ns);
+                ns(after).saturating_sub(before) as f64 / wall_ns
+            };
+            later.threads.iter().map(share).collect::<Vec<f64>>()
         };
-        let shares: Vec<f64> = later.threads.iter().map(share).collect();
+        let shares = shares_of(|thread| thread.cpu_ns);
+        let queued = shares_of(|thread| thread.queued_ns);
         let working = shares.iter().filter(|&&s| s >= 0.01).count().max(1);
         let cores = working.min(allowed_cpus(self.pid).max(1)) as f64;
         ServerUse {
@@ -78,6 +102,7 @@ impl ProcessSample {
             cpu_us_per_operation: (operations > 0).then(|| used_ns / 1000.0 / operations as f64),
             cores_used: used_ns / wall_ns,
             busiest_thread_share: shares.iter().copied().fold(0.0, f64::max),
+            queued_share: queued.into_iter().fold(0.0, f64::max),
             idle_share: (1.0 - used_ns / wall_ns / cores).clamp(0.0, 1.0),
             resident_bytes: resident_bytes(self.pid).unwrap_or(0),
         }
@@ -95,6 +120,8 @@ pub struct ServerUse {
     pub cores_used: f64,
     /// The same for the thread that used most.
     pub busiest_thread_share: f64,
+    /// Time that a thread was ready to run while something else had its CPU by wall time, of the thread that waited most.
+    pub queued_share: f64,
     /// Unused part of the cores it worked on: as many as it has threads that did anything, and no more than it may use.
     pub idle_share: f64,
     /// Resident memory at the end, in bytes.
@@ -156,6 +183,28 @@ pub fn pin(cpus: &[usize]) -> io::Result<()> {
 pub fn precise_timers() {
     // SAFETY: the call takes no pointers; without it timers are merely late.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
+}
+
+/// A descriptor that can be read from once the process was asked to end, by SIGTERM or SIGINT, which do nothing else from
+/// now on. For a process with one thread: others still end by these signals.
+///
+/// # Errors
+///
+/// When there are no descriptors left.
+pub fn end_request() -> io::Result<OwnedFd> {
+    // SAFETY: the set is plain integers, for which zeroes are valid, and the pointers are to it; the descriptor is checked,
+    // new, and nobody else's.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGINT);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+        match libc::signalfd(-1, &set, libc::SFD_CLOEXEC) {
+            fd if fd < 0 => Err(io::Error::last_os_error()),
+            fd => Ok(OwnedFd::from_raw_fd(fd)),
+        }
+    }
 }
 
 /// Reads a list of CPUs such as `0,2-3`.

@@ -81,6 +81,8 @@ pub struct GeneratorReport {
     pub spinning_cores: f64,
     /// CPU time without spinning by wall time, of the thread that used most.
     pub busiest_thread_share: f64,
+    /// Time that threads were ready to run while something else had their CPU by wall time, of the thread that waited most.
+    pub queued_share: f64,
     /// CPU time without spinning per operation, in microseconds.
     pub cpu_us_per_operation: Option<f64>,
     /// Whether the generator set the pace, not the server.
@@ -162,6 +164,9 @@ pub struct Report {
 
 /// Cores used by others above which a run counts as disturbed.
 pub const DISTURBED: f64 = 0.15;
+
+/// Share of the time waiting for a CPU above which a thread counts as disturbed.
+pub const QUEUED: f64 = 0.05;
 
 /// A thread above this share of a core has nothing left.
 const FULL: f64 = 0.95;
@@ -274,7 +279,7 @@ impl Report {
                 let keys = (self.hits + self.misses) as f64 / self.elapsed_s.max(1e-9);
                 writeln!(out, "hit rate    {:.2} % of {} keys/s", rate * 100.0, grouped(keys))?;
             }
-            None => writeln!(out, "hit rate    - (no gets)")?,
+            None => writeln!(out, "hit rate    - (no good replies to gets)")?,
         }
         writeln!(out)?;
         write!(out, "{:<10}{:>14}", "latency", "operations/s")?;
@@ -366,6 +371,17 @@ impl Report {
                  run; lower --rate, or allow more --connections or --pipeline if the server had time left"
             )?;
         }
+        let server = self.server.as_ref().map_or(0.0, |server| server.queued_share);
+        for (whose, share) in [("generator", g.queued_share), ("server", server)] {
+            if share > QUEUED {
+                writeln!(
+                    out,
+                    "WARNING: a thread of the {whose} waited {:.0} % of the time for its CPU, which something else used; \
+                     latencies include that",
+                    share * 100.0
+                )?;
+            }
+        }
         if g.was_bottleneck {
             let why = match &self.server {
                 Some(_) => "while the server had time left",
@@ -373,7 +389,7 @@ impl Report {
             };
             writeln!(
                 out,
-                "WARNING: the generator used up its CPU {why}: these figures are the generator's, not the server's; \
+                "WARNING: the generator had no CPU time left {why}: these figures are the generator's, not the server's; \
                  give it more --threads and --cpus"
             )?;
         }
@@ -382,7 +398,7 @@ impl Report {
 }
 
 /// The workload in words.
-fn describe(config: &RunConfig) -> String {
+pub(crate) fn describe(config: &RunConfig) -> String {
     let mut text = format!(
         "get:set:delete {}, {} keys of {} bytes ({}), values of {} bytes",
         config.ratio,
@@ -394,6 +410,9 @@ fn describe(config: &RunConfig) -> String {
     if config.multi_get > 1 {
         text += &format!(", {} keys per get", config.multi_get);
     }
+    if config.route {
+        text += ", each request to the core that owns its key";
+    }
     text
 }
 
@@ -403,17 +422,21 @@ fn generator(outcome: &Outcome, kept_pace: bool) -> GeneratorReport {
     let user_cores = sum(&|w| w.cpu.user_ns as f64 / wall(w));
     let system_cores = sum(&|w| w.cpu.system_ns as f64 / wall(w));
     let working = |w: &WorkerSummary| w.cpu.total_ns().saturating_sub(w.waited_ns) as f64;
-    let busiest = outcome.workers.iter().map(|w| working(w) / wall(w)).fold(0.0, f64::max);
+    let most = |f: &dyn Fn(&WorkerSummary) -> f64| outcome.workers.iter().map(f).fold(0.0, f64::max);
+    let queued = |w: &WorkerSummary| w.cpu.queued_ns as f64;
     let spent = sum(&working);
     GeneratorReport {
         cores_used: user_cores + system_cores,
         user_cores,
         system_cores,
         spinning_cores: sum(&|w| w.waited_ns as f64 / wall(w)),
-        busiest_thread_share: busiest,
+        busiest_thread_share: most(&|w| working(w) / wall(w)),
+        queued_share: most(&|w| queued(w) / wall(w)),
         cpu_us_per_operation: (outcome.operations > 0).then(|| spent / 1000.0 / outcome.operations as f64),
         // An open loop that kept its pace had enough, however little was left.
-        was_bottleneck: busiest > FULL && !kept_pace && !outcome.server.as_ref().is_some_and(ServerUse::saturated),
+        was_bottleneck: most(&|w| (working(w) + queued(w)) / wall(w)) > FULL
+            && !kept_pace
+            && !outcome.server.as_ref().is_some_and(ServerUse::saturated),
     }
 }
 
@@ -497,6 +520,75 @@ pub fn grouped(n: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::CpuShares;
+    use crate::stats::{CpuTime, Errors};
+    use std::time::{Duration, SystemTime};
+
+    /// One generator thread that ran, waited in vain for a CPU and spun for these shares of a second, against a server that
+    /// was idle for this share of it.
+    fn bottleneck(ran: f64, queued: f64, spun: f64, server_idle: Option<f64>, kept_pace: bool) -> bool {
+        let ns = |share: f64| (share * 1e9) as u64;
+        let worker = WorkerSummary {
+            start_ns: 7,
+            end_ns: 7 + ns(1.0),
+            cpu: CpuTime {
+                user_ns: ns(ran) / 2,
+                system_ns: ns(ran) / 2,
+                queued_ns: ns(queued),
+            },
+            recorded: 1,
+            hits: 0,
+            misses: 0,
+            received: 0,
+            waited_ns: ns(spun),
+            errors: Errors::default(),
+            intervals: Vec::new(),
+        };
+        let server = server_idle.map(|idle_share| ServerUse {
+            pid: 1,
+            cpu_us_per_operation: None,
+            cores_used: 1.0 - idle_share,
+            busiest_thread_share: 1.0 - idle_share,
+            queued_share: 0.0,
+            idle_share,
+            resident_bytes: 0,
+        });
+        let outcome = Outcome {
+            workers: vec![worker],
+            operations: 1,
+            elapsed: Duration::from_secs(1),
+            started: SystemTime::UNIX_EPOCH,
+            errors: Errors::default(),
+            server,
+            machine: CpuShares {
+                cpus: 2,
+                busy: 1.0,
+                stolen: 0.0,
+            },
+            cut: None,
+        };
+        generator(&outcome, kept_pace).was_bottleneck
+    }
+
+    #[test]
+    fn the_bottleneck_is_who_has_nothing_left() {
+        assert!(bottleneck(0.99, 0.0, 0.0, Some(0.5), false));
+        assert!(
+            bottleneck(0.99, 0.0, 0.0, None, false),
+            "nothing is known of the server"
+        );
+        assert!(
+            !bottleneck(0.99, 0.0, 0.0, Some(0.02), false),
+            "the server had nothing left either"
+        );
+        assert!(
+            !bottleneck(0.99, 0.0, 0.0, Some(0.5), true),
+            "an open loop that kept its pace"
+        );
+        assert!(!bottleneck(0.99, 0.0, 0.5, Some(0.5), false), "it spun");
+        assert!(!bottleneck(0.5, 0.0, 0.0, Some(0.5), false));
+        assert!(bottleneck(0.5, 0.48, 0.0, Some(0.5), false), "others had its CPU");
+    }
 
     #[test]
     fn numbers_are_grouped() {

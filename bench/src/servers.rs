@@ -2,7 +2,9 @@
 
 use crate::process::pin;
 use crate::protocol::ProtocolName;
+use crate::worker::VerifyValues;
 use serde::Deserialize;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -27,6 +29,11 @@ pub struct ServerSpec {
     pub address: Option<String>,
     /// The process id of a server that runs already, for its CPU time and memory.
     pub pid: Option<u32>,
+    /// Whether each request goes to the core that owns its key.
+    #[serde(default)]
+    pub route: bool,
+    /// How much of its values is compared, if not as much as of the others'.
+    pub verify_values: Option<VerifyValues>,
 }
 
 #[derive(Deserialize)]
@@ -50,7 +57,14 @@ fn parse_targets(text: &str) -> Result<Vec<ServerSpec>, String> {
     let file: TargetsFile = toml::from_str(text).map_err(|e| {
         format!("{e}write a [[server]] table per server, with name, protocol, and either command or address (and pid)")
     })?;
+    let mut names = HashSet::new();
     for spec in &file.server {
+        if !names.insert(&spec.name) {
+            return Err(format!(
+                "two servers are called '{}'; give each a name of its own",
+                spec.name
+            ));
+        }
         let name = &spec.name;
         match (&spec.command, &spec.address) {
             (Some(_), Some(_)) => return Err(format!("server '{name}' has a command and an address; leave one out")),
@@ -114,6 +128,8 @@ pub fn known(name: &str) -> Result<ServerSpec, String> {
         command: Some(command),
         address: None,
         pid: None,
+        route: false,
+        verify_values: None,
     })
 }
 
@@ -151,6 +167,10 @@ pub struct Server {
     pub address: SocketAddr,
     /// Its process, if known.
     pub pid: Option<u32>,
+    /// Whether each request goes to the core that owns its key.
+    pub route: bool,
+    /// How much of its values is compared, if not as much as of the others'.
+    pub verify_values: Option<VerifyValues>,
     child: Option<Child>,
     log: Option<File>,
 }
@@ -174,6 +194,8 @@ impl Server {
                 protocol: spec.protocol,
                 address,
                 pid: spec.pid,
+                route: spec.route,
+                verify_values: spec.verify_values,
                 child: None,
                 log: None,
             });
@@ -221,6 +243,8 @@ impl Server {
             protocol: spec.protocol,
             address,
             pid,
+            route: spec.route,
+            verify_values: spec.verify_values,
             child: Some(child),
             log: Some(log),
         };
@@ -334,11 +358,13 @@ mod tests {
             protocol = "redis"
             address = "127.0.0.1:6379"
             pid = 7
+            verify_values = "off"
         "#;
         let targets = parse_targets(text).unwrap();
         assert_eq!(targets.len(), 2);
         assert_eq!(targets[1].protocol, ProtocolName::Resp);
         assert_eq!(targets[1].pid, Some(7));
+        assert_eq!(targets[1].verify_values, Some(VerifyValues::Off));
         for (wrong, why) in [
             ("[[server]]\nname='a'\nprotocol='text'", "neither"),
             (
@@ -352,6 +378,10 @@ mod tests {
             ),
             ("[[server]]\nname='a'\nprotocol='nonsense'\naddress='y:1'", "nonsense"),
             ("[[server]]\nname='a'\nprotocol='text'\naddres='y:1'", "addres"),
+            (
+                "[[server]]\nname='a'\nprotocol='text'\naddress='y:1'\n[[server]]\nname='a'\nprotocol='text'\naddress='y:2'",
+                "two servers",
+            ),
         ] {
             let message = parse_targets(wrong).unwrap_err();
             assert!(message.contains(why), "{message}");
@@ -366,6 +396,8 @@ mod tests {
             command: Some(command.into()),
             address: None,
             pid: None,
+            route: false,
+            verify_values: None,
         };
         let message = Server::launch(&spec("/nonexistent/server {port}"), &[]).unwrap_err();
         assert!(message.contains("cannot start server 'broken'"), "{message}");

@@ -1,5 +1,6 @@
 //! Counters and histograms of one generator thread, kept per interval.
 
+use crate::process::queued_ns;
 use crate::workload::Command;
 use hdrhistogram::Histogram;
 
@@ -267,6 +268,7 @@ impl Tally {
             cpu: CpuTime {
                 user_ns: end.1.user_ns - begin.1.user_ns,
                 system_ns: end.1.system_ns - begin.1.system_ns,
+                queued_ns: end.1.queued_ns.saturating_sub(begin.1.queued_ns),
             },
             recorded: self.recorded,
             hits: self.hits,
@@ -311,6 +313,8 @@ pub struct CpuTime {
     pub user_ns: u64,
     /// In the kernel.
     pub system_ns: u64,
+    /// Not used: ready to run, while something else had the CPU.
+    pub queued_ns: u64,
 }
 
 impl CpuTime {
@@ -324,10 +328,16 @@ impl CpuTime {
         CpuTime {
             user_ns: ns(usage.ru_utime),
             system_ns: ns(usage.ru_stime),
+            queued_ns: Self::queued_ns().unwrap_or(0),
         }
     }
 
-    /// Both together.
+    /// Unknown where the kernel does not count it.
+    fn queued_ns() -> Option<u64> {
+        queued_ns(&std::fs::read_to_string("/proc/thread-self/schedstat").ok()?)
+    }
+
+    /// What was used, in user mode and in the kernel.
     pub fn total_ns(&self) -> u64 {
         self.user_ns + self.system_ns
     }

@@ -3,6 +3,7 @@
 
 use crate::driver::connect;
 use crate::protocol::{Parsed, Protocol, ProtocolName, Reply};
+use crate::route::Routes;
 use crate::stats::{ErrorKind, Errors};
 use crate::with_protocol;
 use crate::workload::{Command, Rng, Value};
@@ -20,6 +21,8 @@ pub struct VerifyConfig {
     pub protocol: ProtocolName,
     /// The server.
     pub target: SocketAddr,
+    /// Whether each client has keys of one core, and its connection there.
+    pub route: bool,
     /// Clients at once, one connection each.
     pub clients: usize,
     /// Pairs of set and get per client.
@@ -77,6 +80,8 @@ impl VerifyReport {
 
 struct Client {
     socket: Option<TcpStream>,
+    /// The core that owns its keys, if that matters.
+    core: Option<usize>,
     command: Command,
     key: Vec<u8>,
     value: Vec<u8>,
@@ -86,8 +91,12 @@ struct Client {
     rounds_left: usize,
 }
 
+/// What random keys are made of.
+const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:";
+
 struct Check<'a> {
     config: &'a VerifyConfig,
+    routes: Option<Routes>,
     rng: Rng,
     /// Keys that some client works on. Two clients with the same key would find each other's values.
     taken: HashSet<Vec<u8>>,
@@ -121,8 +130,13 @@ fn verify_protocol<P: Protocol>(config: &VerifyConfig) -> Result<VerifyReport, S
         return Err("keys of less than 4 bytes cannot be told apart among so many clients; raise --max-key".into());
     }
     let start = Instant::now();
+    let routes = match config.route {
+        true => Some(Routes::ask(config.protocol, config.target)?),
+        false => None,
+    };
     let mut check = Check {
         config,
+        routes,
         rng: Rng::new(config.seed),
         taken: HashSet::new(),
         sets: 0,
@@ -130,10 +144,13 @@ fn verify_protocol<P: Protocol>(config: &VerifyConfig) -> Result<VerifyReport, S
         mismatches: 0,
         errors: Errors::default(),
     };
+    let cores = check.cores();
+    let (targets, cores): (Vec<_>, Vec<_>) = cores.into_iter().unzip();
     let mut clients = Vec::new();
-    for socket in connect(config.target, config.clients)? {
+    for (socket, &core) in connect(&targets, config.clients)?.into_iter().zip(cores.iter().cycle()) {
         let mut client = Client {
             socket: Some(socket),
+            core,
             command: Command::Get,
             key: Vec::new(),
             value: Vec::new(),
@@ -210,15 +227,36 @@ impl Check<'_> {
         }
     }
 
+    /// Where clients connect, with the core whose keys they are to use there. A core that owns next to no keys of the kind
+    /// that is drawn here is left out.
+    fn cores(&mut self) -> Vec<(SocketAddr, Option<usize>)> {
+        let draws = if self.routes.is_some() { 10_000 } else { 0 };
+        let drawn: Vec<_> = (0..draws).map(|_| self.key()).collect();
+        let Some(routes) = &self.routes else {
+            return vec![(self.config.target, None)];
+        };
+        let owners: HashSet<usize> = drawn.iter().map(|key| routes.owner(key)).collect();
+        let all = routes.addresses().iter().zip(0..);
+        all.filter(|(_, core)| owners.contains(core))
+            .map(|(&address, core)| (address, Some(core)))
+            .collect()
+    }
+
+    /// A random key.
+    fn key(&mut self) -> Vec<u8> {
+        let len = 1 + self.rng.below(self.config.max_key as u64) as usize;
+        (0..len)
+            .map(|_| LETTERS[self.rng.below(LETTERS.len() as u64) as usize])
+            .collect()
+    }
+
     /// Queues a set with a new key and value.
     fn begin<P: Protocol>(&mut self, client: &mut Client) {
-        const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:";
         client.key = loop {
-            let len = 1 + self.rng.below(self.config.max_key as u64) as usize;
-            let key: Vec<u8> = (0..len)
-                .map(|_| LETTERS[self.rng.below(LETTERS.len() as u64) as usize])
-                .collect();
-            if self.taken.insert(key.clone()) {
+            let key = self.key();
+            let elsewhere =
+                matches!((&self.routes, client.core), (Some(routes), Some(core)) if routes.owner(&key) != core);
+            if !elsewhere && self.taken.insert(key.clone()) {
                 break key;
             }
         };

@@ -298,12 +298,23 @@ impl ZipfSlices {
                 (from.powf(1.0 - theta) + (1.0 - theta) * mass).powf(1.0 / (1.0 - theta))
             }
         };
-        let weights: Vec<f64> = (0..exact).map(|k| ((k + 1) as f64).powf(-theta)).collect();
-        let head: f64 = weights.iter().sum();
+        let weights: Vec<f64> = (0..exact).map(|k| zipf_weight(k, theta)).collect();
         // The density (x + 1/2)^-theta at the middle of each rank; x counts from 0.
         let (tail_from, tail_to) = (exact as f64 + 0.5, n as f64 + 0.5);
-        let total = head + if n > exact { tail_mass(tail_from, tail_to) } else { 0.0 };
+        let tail = if n > exact { tail_mass(tail_from, tail_to) } else { 0.0 };
+        let point = |mass| (tail_point(tail_from, mass) - 0.5).min(n as f64);
+        Self::cut(&weights, tail, point, n, slices)
+    }
 
+    /// The same for things with these weights, the n-th with the n-th.
+    fn of_weights(weights: &[f64], slices: usize) -> Self {
+        let n = weights.len() as u64;
+        Self::cut(weights, 0.0, |_| n as f64, n, slices)
+    }
+
+    /// Cuts the weights of the first ranks, and behind them a tail of this mass, in which `point` finds the end of a mass.
+    fn cut(weights: &[f64], tail: f64, point: impl Fn(f64) -> f64, n: u64, slices: usize) -> Self {
+        let total = weights.iter().sum::<f64>() + tail;
         let mut bounds = Vec::with_capacity(slices + 1);
         let (mut rank, mut before) = (0usize, 0.0);
         for i in 0..slices {
@@ -314,12 +325,17 @@ impl ZipfSlices {
             }
             bounds.push(match weights.get(rank) {
                 Some(weight) => rank as f64 + (target - before) / weight,
-                None => (tail_point(tail_from, target - before) - 0.5).min(n as f64),
+                None => point(target - before),
             });
         }
         bounds.push(n as f64);
         ZipfSlices(bounds)
     }
+}
+
+/// The weight of a rank, counted from 0, under Zipf's law.
+fn zipf_weight(rank: u64, theta: f64) -> f64 {
+    ((rank + 1) as f64).powf(-theta)
 }
 
 /// How often which key is asked for.
@@ -368,36 +384,87 @@ const ZIPF_SLICES: usize = 1 << 14;
 #[derive(Debug, Clone)]
 pub struct KeyChooser {
     keys: u64,
+    /// What it draws by; 0 is the uniform distribution.
+    theta: f64,
     zipf: Option<ZipfSlices>,
     /// Multiplier that spreads popular ranks over the key space, coprime to the number of keys.
     spread: u64,
+    /// The keys, the most popular one first; without it, all numbers below `keys`.
+    own: Option<Box<[u32]>>,
 }
 
 impl KeyChooser {
     /// A chooser among `keys` keys.
     pub fn new(keys: u64, spec: DistributionSpec) -> Self {
-        let zipf = match spec {
-            DistributionSpec::Zipf(theta) if theta > 0.0 => Some(ZipfSlices::new(keys, theta, ZIPF_SLICES)),
-            _ => None,
+        let theta = match spec {
+            DistributionSpec::Zipf(theta) => theta,
+            DistributionSpec::Uniform => 0.0,
         };
-        // The preload writes keys in the order of their numbers. Without the spread the popular ones would lie side by
-        // side in the server's memory, which no real popularity does.
-        let mut spread = 2_147_483_647u64;
-        while gcd(spread, keys) != 1 {
-            spread -= 2;
+        KeyChooser {
+            keys,
+            theta,
+            zipf: (theta > 0.0).then(|| ZipfSlices::new(keys, theta, ZIPF_SLICES)),
+            spread: spread(keys),
+            own: None,
         }
-        KeyChooser { keys, zipf, spread }
+    }
+
+    /// Choosers among the keys that `part` puts into each of `parts` parts; `None` for a part without keys. Within its part
+    /// a key is drawn as often, by comparison with the others, as this chooser draws it.
+    pub fn split(&self, parts: usize, mut part: impl FnMut(u64) -> usize) -> Vec<Option<KeyChooser>> {
+        let mut ranks: Vec<Vec<u32>> = vec![Vec::new(); parts];
+        for rank in 0..self.keys {
+            ranks[part(self.key_of_rank(rank))].push(rank as u32);
+        }
+        let chooser = |mut ranks: Vec<u32>| {
+            let zipf = (self.theta > 0.0).then(|| {
+                let weights: Vec<f64> = ranks.iter().map(|&r| zipf_weight(u64::from(r), self.theta)).collect();
+                ZipfSlices::of_weights(&weights, ZIPF_SLICES)
+            });
+            for rank in &mut ranks {
+                *rank = self.key_of_rank(u64::from(*rank)) as u32;
+            }
+            KeyChooser {
+                keys: ranks.len() as u64,
+                theta: self.theta,
+                zipf,
+                spread: spread(ranks.len() as u64),
+                own: Some(ranks.into()),
+            }
+        };
+        let all = ranks.into_iter();
+        all.map(|ranks| (!ranks.is_empty()).then(|| chooser(ranks))).collect()
+    }
+
+    /// How many keys there are to choose from.
+    pub fn keys(&self) -> u64 {
+        self.keys
     }
 
     /// The key for these random bits.
     #[inline(always)]
     pub fn pick(&self, rng: &mut Rng) -> u64 {
-        match &self.zipf {
-            None => rng.below(self.keys),
-            Some(_) => {
-                let rank = self.rank(rng);
-                (rank * self.spread) % self.keys
-            }
+        self.key_of_rank(self.rank(rng))
+    }
+
+    /// The key that has this rank.
+    #[inline(always)]
+    fn key_of_rank(&self, rank: u64) -> u64 {
+        match (&self.own, &self.zipf) {
+            (Some(own), _) => u64::from(own[rank as usize]),
+            (None, Some(_)) => (rank * self.spread) % self.keys,
+            (None, None) => rank,
+        }
+    }
+
+    /// The key to write at this place of the preload, which has as many places as there are keys.
+    #[inline(always)]
+    pub fn preloaded(&self, place: u64) -> u64 {
+        match (&self.own, &self.zipf) {
+            (None, _) => place,
+            // These keys are in the order of their popularity.
+            (Some(own), Some(_)) => u64::from(own[((place * self.spread) % self.keys) as usize]),
+            (Some(own), None) => u64::from(own[place as usize]),
         }
     }
 
@@ -415,6 +482,18 @@ impl KeyChooser {
             }
         }
     }
+}
+
+/// A multiplier that is coprime to `keys` and large.
+///
+/// The preload writes keys in the order of their numbers. Without the spread the popular ones would lie side by side in the
+/// server's memory, which no real popularity does.
+fn spread(keys: u64) -> u64 {
+    let mut spread = 2_147_483_647u64;
+    while gcd(spread, keys) != 1 {
+        spread -= 2;
+    }
+    spread
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
@@ -722,6 +801,50 @@ mod tests {
         assert_eq!(gcd(chooser.spread, 1_000_000), 1);
         let seen: std::collections::HashSet<u64> = (0..1000).map(|r| (r * chooser.spread) % chooser.keys).collect();
         assert_eq!(seen.len(), 1000);
+    }
+
+    /// The parts have all keys, each in one of them, for the preload and for draws; and within a part popularity is what it
+    /// was.
+    #[test]
+    fn split_choosers_share_the_keys() {
+        const KEYS: u64 = 999;
+        for spec in [DistributionSpec::Uniform, DistributionSpec::Zipf(0.99)] {
+            let whole = KeyChooser::new(KEYS, spec);
+            let parts = whole.split(4, |key| (key % 3) as usize);
+            assert!(parts[3].is_none());
+            let mut rng = Rng::new(5);
+            for (number, part) in parts[..3].iter().enumerate() {
+                let part = part.as_ref().unwrap();
+                assert_eq!(part.keys(), KEYS / 3);
+                let preloaded: std::collections::BTreeSet<u64> = (0..part.keys()).map(|p| part.preloaded(p)).collect();
+                assert!(preloaded.into_iter().eq((0..KEYS).skip(number).step_by(3)));
+                let draws = 200_000;
+                let mut counts = vec![0u32; KEYS as usize];
+                for _ in 0..draws {
+                    counts[part.pick(&mut rng) as usize] += 1;
+                }
+                let weight = |rank: u64| match spec {
+                    DistributionSpec::Uniform => 1.0,
+                    DistributionSpec::Zipf(theta) => zipf_weight(rank, theta),
+                };
+                let own = |rank: &u64| whole.key_of_rank(*rank) % 3 == number as u64;
+                let total: f64 = (0..KEYS).filter(own).map(weight).sum();
+                for rank in (0..KEYS).filter(own) {
+                    let expected = weight(rank) / total;
+                    let got = f64::from(counts[whole.key_of_rank(rank) as usize]) / f64::from(draws);
+                    let tolerance = 6.0 * (expected / f64::from(draws)).sqrt() + 1e-4;
+                    assert!(
+                        (got - expected).abs() < tolerance,
+                        "{spec} rank {rank}: {got} for {expected}"
+                    );
+                }
+                assert!(
+                    (0..KEYS)
+                        .filter(|key| key % 3 != number as u64)
+                        .all(|key| counts[key as usize] == 0)
+                );
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 // In a test, and in what only tests use, an unwrap is the assertion.
 #![allow(clippy::unwrap_used)]
 
-use memkv_bench::compare::compare;
+use memkv_bench::compare::{Pace, Plan, compare};
 use memkv_bench::driver::{self, Cut, Outcome, RunConfig};
 use memkv_bench::io::Engine;
 use memkv_bench::protocol::ProtocolName;
@@ -217,6 +217,7 @@ fn config(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
     RunConfig {
         protocol,
         target,
+        route: false,
         connections: 4,
         pipeline: 8,
         threads: 1,
@@ -434,6 +435,7 @@ fn check(protocol: ProtocolName, fault: Fault) -> VerifyReport {
     let config = VerifyConfig {
         protocol,
         target: Toy::start(protocol, fault),
+        route: false,
         clients: 100,
         rounds: 5,
         max_key: 30,
@@ -473,14 +475,22 @@ fn servers_are_compared() {
         command: None,
         address: Some(Toy::start(protocol, Fault::None).to_string()),
         pid: Some(std::process::id()),
+        route: false,
+        verify_values: None,
     });
     let servers: Vec<_> = specs.iter().map(|spec| Server::launch(spec, &[]).unwrap()).collect();
     let base = RunConfig {
         duration: Duration::from_millis(100),
         ..config(ProtocolName::Memcached, servers[0].address)
     };
+    let mut plan = Plan {
+        pipelines: vec![1, 4],
+        rounds: 2,
+        pace: Pace::Closed,
+        against: None,
+    };
     let mut steps = Vec::new();
-    let comparison = compare(&servers, &base, &[1, 4], 2, &mut |step| steps.push(step.to_string())).unwrap();
+    let comparison = compare(&servers, &base, &plan, &mut |step| steps.push(step.to_string())).unwrap();
     assert!(comparison.is_clean(), "{}", comparison.text());
     let rows: Vec<_> = comparison
         .rows
@@ -508,6 +518,27 @@ fn servers_are_compared() {
         steps[0].contains("memcached") && steps[4].contains("resp"),
         "the order changes: {steps:?}"
     );
+
+    plan.pace = "toy-resp:0.2".parse().unwrap();
+    plan.against = Some("toy-resp".into());
+    let comparison = compare(&servers, &base, &plan, &mut |_| {}).unwrap();
+    assert!(comparison.is_clean(), "{}", comparison.text());
+    let peaks = &comparison.rate_of.as_ref().unwrap().operations_per_second;
+    for pair in comparison.rows.chunks(2) {
+        let (_, peak) = peaks
+            .iter()
+            .find(|(pipeline, _)| *pipeline == pair[0].pipeline)
+            .unwrap();
+        assert!(
+            pair.iter().all(|row| row.rate == Some(peak * 0.2)),
+            "{}",
+            comparison.text()
+        );
+        assert_eq!(pair[1].p99_9_ratio, Some(1.0));
+    }
+    plan.against = Some("nobody".into());
+    let message = compare(&servers, &base, &plan, &mut |_| {}).unwrap_err();
+    assert!(message.contains("toy-memcached, toy-resp"), "{message}");
 }
 
 #[test]

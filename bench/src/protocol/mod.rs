@@ -6,6 +6,7 @@
 //! [`ProtocolName`] and in [`with_protocol!`](crate::with_protocol).
 
 pub mod memcached;
+pub mod protobuf;
 pub mod resp;
 pub mod text;
 
@@ -148,6 +149,8 @@ pub enum ProtocolName {
     #[value(alias = "redis")]
     #[serde(alias = "redis")]
     Resp,
+    /// The protobuf protocol of memkv-tpc.
+    Protobuf,
 }
 
 impl ProtocolName {
@@ -172,6 +175,10 @@ macro_rules! with_protocol {
             }
             $crate::protocol::ProtocolName::Resp => {
                 type $p = $crate::protocol::resp::Resp;
+                $body
+            }
+            $crate::protocol::ProtocolName::Protobuf => {
+                type $p = $crate::protocol::protobuf::Protobuf;
                 $body
             }
         }
