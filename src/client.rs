@@ -155,9 +155,17 @@ impl std::fmt::Display for Error {
                 )
             }
             Error::Refused { code, message } if message.is_empty() => {
-                write!(f, "the server answered {}", code.as_str_name())
+                write!(
+                    f,
+                    "the server answered {}",
+                    code.as_str_name().trim_start_matches("CODE_")
+                )
             }
-            Error::Refused { code, message } => write!(f, "the server answered {}: {message}", code.as_str_name()),
+            Error::Refused { code, message } => write!(
+                f,
+                "the server answered {}: {message}",
+                code.as_str_name().trim_start_matches("CODE_")
+            ),
             Error::Foreign { address, what } => write!(
                 f,
                 "{address} does not speak the protobuf protocol of memkv-tpc: {what}; is it the right port?"
@@ -219,10 +227,12 @@ impl Put {
             flags: self.flags,
             expiry: match self.expiry {
                 Expiry::Never => None,
-                Expiry::In(ttl) => Some(proto::entry::Expiry::TtlMs(milliseconds(ttl))),
-                Expiry::At(moment) => Some(proto::entry::Expiry::ExpiresAtMs(milliseconds(
-                    moment.duration_since(UNIX_EPOCH).unwrap_or_default(),
-                ))),
+                Expiry::In(ttl) if ttl > Duration::ZERO => Some(proto::entry::Expiry::TtlMs(milliseconds(ttl))),
+                // On the wire, 0 stands for never. The first moment of all is long past.
+                Expiry::In(_) => Some(proto::entry::Expiry::ExpiresAtMs(1)),
+                Expiry::At(moment) => Some(proto::entry::Expiry::ExpiresAtMs(
+                    milliseconds(moment.duration_since(UNIX_EPOCH).unwrap_or_default()).max(1),
+                )),
             },
             condition: wire_condition(self.condition),
             with_version: self.with_version,
@@ -250,6 +260,8 @@ pub enum Written {
     Stored(Option<Version>),
     /// Its condition did not hold.
     ConditionFailed,
+    /// The condition of another one of the same request did not hold, so none was written.
+    Aborted,
     /// The server's memory limit is reached; what was there is still there.
     OutOfMemory,
 }
@@ -263,6 +275,10 @@ impl Written {
         let (code, message) = match self {
             Written::Stored(version) => return Ok(version),
             Written::ConditionFailed => (Code::ConditionFailed, "the write's condition did not hold"),
+            Written::Aborted => (
+                Code::Aborted,
+                "the condition of another write of the request did not hold",
+            ),
             Written::OutOfMemory => (Code::OutOfMemory, "the server's memory limit is reached"),
         };
         Err(Error::Refused {
@@ -282,6 +298,8 @@ pub enum Deleted {
     NotFound,
     /// Its condition did not hold.
     ConditionFailed,
+    /// The condition of another one of the same request did not hold, so none was deleted.
+    Aborted,
 }
 
 /// Which core owns which keys.
@@ -458,6 +476,7 @@ impl Client {
         let written = self.ask_keys(set, |code, result| match code {
             Code::Ok => Some(Written::Stored(version(result.version))),
             Code::ConditionFailed => Some(Written::ConditionFailed),
+            Code::Aborted => Some(Written::Aborted),
             Code::OutOfMemory => Some(Written::OutOfMemory),
             _ => None,
         });
@@ -540,6 +559,7 @@ impl Client {
             Code::Ok => Some(Deleted::Deleted),
             Code::NotFound => Some(Deleted::NotFound),
             Code::ConditionFailed => Some(Deleted::ConditionFailed),
+            Code::Aborted => Some(Deleted::Aborted),
             _ => None,
         })
     }

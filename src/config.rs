@@ -186,6 +186,11 @@ pub struct Limits {
     #[arg(long, value_name = "BYTES")]
     pub request_bytes_max: Option<Bytes>,
 
+    /// Values in the answer to one request for several keys, together [default: as --request-bytes-max]. A request for more
+    /// is refused.
+    #[arg(long, value_name = "BYTES")]
+    pub response_bytes_max: Option<Bytes>,
+
     /// Keys of one request on the protobuf protocol. One with more is refused.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=65535))]
     pub request_keys_max: u32,
@@ -255,6 +260,12 @@ impl Limits {
     pub fn request_bytes_max(&self) -> u64 {
         let default = (self.item_size_max.0 + (64 << 10)).max(16 << 20);
         self.request_bytes_max.map_or(default, |limit| limit.0)
+    }
+
+    /// The most bytes of values in one answer.
+    pub fn response_bytes_max(&self) -> u64 {
+        self.response_bytes_max
+            .map_or_else(|| self.request_bytes_max(), |limit| limit.0)
     }
 }
 

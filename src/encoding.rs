@@ -19,6 +19,9 @@ pub struct Splice {
     pub bytes: Bytes,
 }
 
+/// Room for this many large values is kept.
+const SPLICES_KEPT_MAX: usize = 64;
+
 /// Bytes to send: flat ones, and large values by reference between them.
 ///
 /// Everything that encodes, encodes into one of these, so a value of [`crate::model::LARGE_VALUE_BYTES`] and more is
@@ -84,6 +87,9 @@ impl Rope {
         }
         if !self.splices.is_empty() {
             self.splices.clear();
+        }
+        if self.splices.capacity() > SPLICES_KEPT_MAX {
+            self.splices = VecDeque::new();
         }
         self.spliced_bytes = 0;
     }
@@ -275,6 +281,7 @@ const TOUCH: u8 = 7;
 const INSPECT: u8 = 8;
 const PUT_LARGE: u8 = 9;
 const PUT_GENERAL_LARGE: u8 = 10;
+const CHECK: u8 = 11;
 
 /// Appends `command`; a large value goes to the rope's splices.
 #[inline]
@@ -361,6 +368,10 @@ pub fn push_command(out: &mut Rope, command: &Command<'_>) {
             push_deadline(flat, *deadline);
         }
         Op::Inspect => head(INSPECT),
+        Op::Check(condition) => {
+            head(CHECK);
+            push_condition(flat, *condition);
+        }
     }
 }
 
@@ -437,6 +448,7 @@ pub fn read_command<'a>(reader: &mut Reader<'a>, large: Option<&'a Bytes>) -> Co
             version: reader.new_version(),
         }),
         TOUCH => Op::Touch(reader.deadline()),
+        CHECK => Op::Check(reader.condition()),
         _ => Op::Inspect,
     };
     Command { key, op }
@@ -524,6 +536,7 @@ mod tests {
             }),
             Op::Touch(at),
             Op::Inspect,
+            Op::Check(Condition::VersionIs(Version(6))),
         ];
         for combine in [Combine::Append, Combine::Prepend] {
             ops.push(Op::Put(Put { combine, ..put }));

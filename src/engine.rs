@@ -9,19 +9,23 @@
 use crate::budget::Pool;
 use crate::config::Config;
 use crate::encoding::{Reader, Rope, read_broadcast, read_command, reads_large};
+use crate::gather::Gathered;
 use crate::link::{Batch, CreditLimits, Direction, Kind, Link, ReplyRecord, Request, Return, cost_bytes};
+use crate::locks::{Locks, Target as Lock, TxnId};
 use crate::metrics::{Counters, Metrics, Prefixes};
-use crate::model::{Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
+use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, Shape, Step};
 use crate::session::{Blocked, Incoming, Session, Slot};
 use crate::shards::Shards;
+use ahash::AHashMap;
 use bumpalo::Bump;
 use bytes::Bytes;
 use std::cell::OnceCell;
 use std::sync::Arc;
 
 mod gathered;
+mod participant;
 
 /// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
 /// asked for while the others are decoded.
@@ -29,6 +33,8 @@ const WINDOW: usize = 16;
 /// Buffers kept for reuse, and the largest that is worth keeping.
 const BUFFERS_KEPT_MAX: usize = 256;
 const BUFFER_KEPT_BYTES_MAX: usize = 64 * 1024;
+/// More room than this for decoded requests is given back.
+const ARENA_KEPT_BYTES_MAX: usize = 1 << 20;
 /// What a connection needs from the runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wants {
@@ -77,9 +83,23 @@ pub struct Engine {
     started_ns: u64,
     ticked_ms: u64,
     timeouts_checked_ms: u64,
+    /// Links of which a transaction has given credit back.
+    freed_links: Vec<u16>,
     /// Sessions that answers may let go on, to be looked at once per batch.
     resumable: Vec<u32>,
     stop_asked: bool,
+    /// Who may touch which key while transactions are under way.
+    locks: Locks,
+    /// By ticket of the lock table.
+    holders: AHashMap<u32, participant::Holder>,
+    /// Parts of transactions on this core that are not decided.
+    parts: AHashMap<TxnId, participant::Part>,
+    /// The clock of this core's last transaction.
+    last_txn: u64,
+    /// When the store is to be emptied; the first core sees to it.
+    flush_at: Option<UnixMillis>,
+    /// The session that asks for it.
+    internal: Option<u32>,
 }
 
 /// A request that was decoded and is yet to be executed.
@@ -124,8 +144,15 @@ impl Engine {
             started_ns: 0,
             ticked_ms: now.0,
             timeouts_checked_ms: now.0,
+            freed_links: vec![],
             resumable: vec![],
             stop_asked: false,
+            locks: Locks::default(),
+            holders: AHashMap::new(),
+            parts: AHashMap::new(),
+            last_txn: 0,
+            flush_at: None,
+            internal: None,
         }
     }
 
@@ -147,10 +174,36 @@ impl Engine {
         let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
         self.ticked_ms = self.now.0;
         self.shards.tick(passed_ms, self.now, &mut self.metrics.counters);
+        if self.core.0 == 0 && self.flush_at.is_some_and(|at| at <= self.now) {
+            self.flush_at = None;
+            self.flush_by_time();
+        }
         if self.now.0.saturating_sub(self.timeouts_checked_ms) >= 500 {
             self.timeouts_checked_ms = self.now.0;
             self.check_timeouts();
         }
+    }
+
+    /// Empties the store on all cores, because somebody asked for it some time ago.
+    fn flush_by_time(&mut self) {
+        let id = match self.internal {
+            Some(id) => id,
+            None => {
+                let mut session = Session::new(Protocol::Text, "internal".to_owned(), self.now.0);
+                session.internal = true;
+                self.add_session(session)
+            }
+        };
+        self.internal = Some(id);
+        if let Some(mut session) = self.take(id) {
+            if !self.flush(&mut session, id, &Shape::code(0), None) {
+                // An earlier one is under way, or credit is short: soon again.
+                session.blocked = Blocked::No;
+                self.flush_at = Some(self.now);
+            }
+            self.sessions[id as usize] = Some(session);
+        }
+        self.settle();
     }
 
     /// There is work to do even if nothing happens: the runtime should come again soon instead of sleeping.
@@ -162,7 +215,7 @@ impl Engine {
         let idle_ms = self.config.limits.idle_timeout.as_millis() as u64;
         let write_ms = self.config.limits.write_timeout.as_millis() as u64;
         for id in 0..self.sessions.len() {
-            let Some(session) = &mut self.sessions[id] else {
+            let Some(session) = self.sessions[id].as_mut().filter(|session| !session.internal) else {
                 continue;
             };
             let idle = idle_ms > 0
@@ -230,7 +283,11 @@ impl Engine {
     pub fn opened(&mut self, protocol: Protocol, peer: String) -> u32 {
         self.metrics.counters.connections_opened += 1;
         self.connections += 1;
-        let session = Some(Box::new(Session::new(protocol, peer, self.now.0)));
+        self.add_session(Session::new(protocol, peer, self.now.0))
+    }
+
+    fn add_session(&mut self, session: Session) -> u32 {
+        let session = Some(Box::new(session));
         match self.free_sessions.pop() {
             Some(id) => {
                 self.sessions[id as usize] = session;
@@ -255,10 +312,16 @@ impl Engine {
         if let Some(incoming) = session.incoming.take() {
             self.shards.budget.release(incoming.bytes);
         }
+        let credits = std::mem::take(&mut session.credits);
+        for (link, cost_bytes) in &credits {
+            self.links[usize::from(*link)].release_credit(*cost_bytes);
+            self.freed_links.push(*link);
+        }
         if let Blocked::Credit(link) = std::mem::replace(&mut session.blocked, Blocked::Own) {
             self.links[usize::from(link)].stop_waiting(id);
         }
         self.forget_if_done(id);
+        self.settle();
     }
 
     /// Frees the session when neither a socket nor a reply can name it any more.
@@ -288,7 +351,9 @@ impl Engine {
 
     #[inline]
     fn put_back(&mut self, id: u32, mut session: Box<Session>) {
-        if !session.listed {
+        if session.internal {
+            session.output.filling.clear(0);
+        } else if !session.listed {
             session.listed = true;
             self.attention.push(id);
         }
@@ -321,6 +386,37 @@ impl Engine {
             self.advance_input(&mut session, id, None);
         }
         self.put_back(id, session);
+        self.settle();
+    }
+
+    /// Serves what this core has for itself, and requests that have got their locks, until nothing of either is left.
+    #[inline]
+    fn settle(&mut self) {
+        let own = usize::from(self.core.0);
+        let link = &self.links[own];
+        if link.has_outgoing(Direction::Requests)
+            || link.has_outgoing(Direction::Replies)
+            || !self.locks.is_empty()
+            || !self.freed_links.is_empty()
+        {
+            self.settle_all();
+        }
+    }
+
+    fn settle_all(&mut self) {
+        loop {
+            if let Some(batch) = self.outgoing(self.core, Direction::Requests) {
+                self.take_requests(self.core, batch);
+            } else if let Some(batch) = self.outgoing(self.core, Direction::Replies) {
+                self.take_replies(self.core, batch);
+            } else if let Some(ticket) = self.locks.next_granted() {
+                self.granted(ticket);
+            } else if let Some(link) = self.freed_links.pop() {
+                self.resume_waiters(link);
+            } else {
+                return;
+            }
+        }
     }
 
     /// The client sends no more. What it sent is still answered.
@@ -359,6 +455,7 @@ impl Engine {
         } else {
             self.sessions[id as usize] = Some(session);
         }
+        self.settle();
     }
 
     fn keep_buffer(&mut self, mut buffer: Vec<u8>) {
@@ -382,7 +479,7 @@ impl Engine {
     fn is_below_own_limit(&self, session: &Session) -> bool {
         session.in_flight() <= self.config.limits.requests_in_flight_max as usize / 2
             && session.output_bytes() as u64 <= self.config.limits.output_bytes_max.0 / 2
-            && !session.gathers_report()
+            && !session.is_gathering()
     }
 
     /// Decodes from the session's own input.
@@ -406,7 +503,7 @@ impl Engine {
         self.ready_output(session);
         let mut arena = std::mem::take(&mut self.arena);
         let mut at = 0;
-        while at < input.len() && session.blocked == Blocked::No && !session.closing {
+        while (at < input.len() || session.has_collected()) && session.blocked == Blocked::No && !session.closing {
             let rest = &input[at..];
             if session.swallow > 0 {
                 let skipped = session.swallow.min(rest.len());
@@ -415,6 +512,9 @@ impl Engine {
                 continue;
             }
             arena.reset();
+            if arena.allocated_bytes() > ARENA_KEPT_BYTES_MAX {
+                arena = Bump::new();
+            }
             let (used, go_on) = match session.incoming.take() {
                 Some(incoming) => self.collect(session, id, incoming, rest, &arena, resumed),
                 None => self.window(session, id, rest, &arena, resumed),
@@ -481,6 +581,8 @@ impl Engine {
             if planned.len() >= room {
                 if planned.is_empty() {
                     session.blocked = Blocked::Own;
+                    // What it does not use, others may need.
+                    self.give_credits_back(session);
                     go_on = false;
                 }
                 break;
@@ -554,6 +656,15 @@ impl Engine {
         self.links[usize::from(link)].take_credit(cost_bytes, resumed == Some(link))
     }
 
+    /// Gives back credit that the session has for a request it does not begin now.
+    #[cold]
+    fn give_credits_back(&mut self, session: &mut Session) {
+        for (link, cost_bytes) in session.credits.drain(..) {
+            self.links[usize::from(link)].release_credit(cost_bytes);
+            self.freed_links.push(link);
+        }
+    }
+
     #[cold]
     fn block_on(&mut self, session: &mut Session, id: u32, link: u16, resumed: Option<u16>) {
         self.metrics.counters.credit_waits += 1;
@@ -580,6 +691,21 @@ impl Engine {
             return;
         }
         let shard = request.shard;
+        if !self.locks.is_empty()
+            && self
+                .locks
+                .blocks(Lock::Key(request.place.hash), participant::mode_of(command))
+        {
+            // It waits where requests of other cores wait, and its reply comes as theirs do.
+            let number = session.expect_reply(class, 0);
+            let to = Return {
+                session: id,
+                number,
+                protocol: session.protocol,
+            };
+            self.links[usize::from(self.core.0)].push_command(to, request.place, shard, shape, command);
+            return;
+        }
         let (protocol, hash, arrived_ns) = (session.protocol, request.place.hash, session.arrived_ns);
         if let Some(out) = session.direct() {
             self.execute(shard, hash, command, protocol, shape, Target::Output(out));
@@ -654,17 +780,24 @@ impl Engine {
                 self.metrics.counters.too_large += u64::from(step.swallow > 0);
                 self.answer(session, answer);
             }
-            Decoded::Group(commands, shape) => {
-                if !self.group(session, id, commands, &shape, resumed) {
+            Decoded::Transaction(txn, shape) => {
+                if !self.transact(session, id, &txn, &shape, resumed) {
                     return Outcome::NotYet;
                 }
             }
+            Decoded::Broadcast(Broadcast::Flush(None), shape) => {
+                if !self.flush(session, id, &shape, resumed) {
+                    return Outcome::NotYet;
+                }
+                self.metrics.counters.flushes += 1;
+            }
             Decoded::Broadcast(broadcast, shape) => {
                 // One at a time: a report is large, and all cores work for it.
-                if session.gathers_report() {
+                if session.is_gathering() {
                     session.blocked = Blocked::Own;
                     return Outcome::NotYet;
                 }
+                self.metrics.counters.flushes += u64::from(matches!(broadcast, Broadcast::Flush(_)));
                 if !self.broadcast(session, id, broadcast, &shape, resumed) {
                     return Outcome::NotYet;
                 }
@@ -790,7 +923,12 @@ impl Engine {
     // ---- the mesh ----
 
     /// Requests came from core `from`. The batch is emptied.
-    pub fn requests(&mut self, from: CoreId, mut batch: Box<Batch>) {
+    pub fn requests(&mut self, from: CoreId, batch: Box<Batch>) {
+        self.take_requests(from, batch);
+        self.settle();
+    }
+
+    fn take_requests(&mut self, from: CoreId, mut batch: Box<Batch>) {
         let link = usize::from(from.0);
         let flat = std::mem::take(&mut batch.rope.flat);
         let mut reader = Reader(&flat);
@@ -817,50 +955,53 @@ impl Engine {
         self.recycle(batch);
     }
 
-    /// Executes a request of another core; its large value, when it has one, is the next of `large`.
+    /// Executes a request of another core; its large values, when it has some, are the next of `large`.
     #[inline]
     fn serve(&mut self, link: usize, request: Request<'_>, large: &mut Rope) {
-        self.metrics.counters.served_for_others += 1;
-        let start = self.links[link].begin_reply(request.to);
+        self.metrics.counters.served_for_others += u64::from(link != usize::from(self.core.0));
         match request.kind {
             Kind::Command => {
-                let Request { hash, shard, body, .. } = request;
-                self.serve_command(link, request.protocol, &request.shape, hash, shard, body, large);
+                // A spliced value belongs to the record whose command says so, and records are read in order.
+                let splice = if reads_large(&request.body) {
+                    large.take_splice()
+                } else {
+                    None
+                };
+                let value = splice.map(|splice| splice.bytes);
+                let command = read_command(&mut { request.body }, value.as_ref());
+                if self.locks.is_empty() || !self.parks(link, &request, &command, value.as_ref()) {
+                    self.answer_command(link, &request, &command);
+                }
             }
             Kind::Broadcast => {
+                let start = self.links[link].begin_reply(request.to);
                 let report = self.answer_broadcast(read_broadcast(&mut { request.body }));
                 report.push(&mut self.links[link].replies().flat);
+                self.links[link].finish_reply(start);
             }
-            Kind::Group => self.serve_group(link, &request, large),
+            Kind::Whole | Kind::Prepare => self.serve_part(link, &request, large),
+            Kind::Decide => self.decide(link, &request),
         }
-        self.links[link].finish_reply(start);
     }
 
     /// Executes a command of another core and encodes the reply for it.
     #[inline]
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a request, taken apart: commands of a group have parts of it in common"
-    )]
-    fn serve_command(
-        &mut self,
-        link: usize,
-        protocol: Protocol,
-        shape: &Shape<'_>,
-        hash: u64,
-        shard: u16,
-        body: Reader<'_>,
-        large: &mut Rope,
-    ) {
-        // A spliced value belongs to the record whose command says so, and records are read in order.
-        let splice = if reads_large(&body) { large.take_splice() } else { None };
-        let value = splice.map(|splice| splice.bytes);
-        let command = read_command(&mut { body }, value.as_ref());
-        self.execute(shard, hash, &command, protocol, shape, Target::Link(link));
+    fn answer_command(&mut self, link: usize, request: &Request<'_>, command: &Command<'_>) {
+        let start = self.links[link].begin_reply(request.to);
+        let Request {
+            hash, shard, protocol, ..
+        } = *request;
+        self.execute(shard, hash, command, protocol, &request.shape, Target::Link(link));
+        self.links[link].finish_reply(start);
     }
 
     /// Replies came from core `from`. The batch is emptied, sessions that waited go on.
-    pub fn replies(&mut self, from: CoreId, mut batch: Box<Batch>) {
+    pub fn replies(&mut self, from: CoreId, batch: Box<Batch>) {
+        self.take_replies(from, batch);
+        self.settle();
+    }
+
+    fn take_replies(&mut self, from: CoreId, mut batch: Box<Batch>) {
         let mut at = 0;
         while at < batch.rope.flat.len() {
             let (record, next) = ReplyRecord::read(&batch.rope.flat, at);
@@ -890,11 +1031,15 @@ impl Engine {
         self.ready_output(&mut session);
         let link = &mut self.links[usize::from(from.0)];
         if let Some(gather) = session.gather(number) {
-            link.release_credit(gather.cost_bytes(from.0));
+            if let Gathered::Report { cost_bytes, .. } = gather.of {
+                link.release_credit(cost_bytes);
+            }
             gather.take(from.0, rope, at, length, splices);
-            self.finish_gathering(&mut session, number);
+            self.gathered(&mut session, id, number);
         } else {
-            link.release_credit(session.cost_bytes(number));
+            if from != self.core {
+                link.release_credit(session.cost_bytes(number));
+            }
             let metrics = &mut self.metrics;
             session.fill(number, rope, at, length, splices, |slot| count_answered(metrics, slot));
         }
@@ -1012,6 +1157,11 @@ impl Engine {
         })
     }
 
+    /// Bytes that this core has charged to the memory limit.
+    pub fn charged_bytes(&self) -> u64 {
+        self.shards.budget.charged()
+    }
+
     /// Open connections.
     pub fn connections(&self) -> u64 {
         self.connections
@@ -1024,6 +1174,8 @@ impl Engine {
             .flatten()
             .all(|session| session.output_bytes() == 0 && session.in_flight() == 0)
             && self.links.iter().all(Link::is_quiet)
+            && self.locks.is_empty()
+            && self.parts.is_empty()
     }
 
     /// Closes all connections when what they sent so far is answered.

@@ -63,6 +63,7 @@ pub mod encoding;
 pub mod engine;
 pub(crate) mod gather;
 pub mod link;
+pub(crate) mod locks;
 pub mod metrics;
 pub mod model;
 pub mod partition;
@@ -72,6 +73,7 @@ pub(crate) mod session;
 pub(crate) mod shard;
 pub(crate) mod shards;
 pub(crate) mod store;
+pub(crate) mod txn;
 
 /// The messages of the protobuf protocol, as `proto/memkv.proto` defines them.
 pub mod proto {

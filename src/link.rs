@@ -5,14 +5,17 @@
 //! ```text
 //! request   0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
 //!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command, the broadcast,
-//!          or the members of a group, each: 0 length of the rest u32   4 hash u64   12 shard u16   14 command
+//!          or a part of a transaction:  0 clock u64   8 coordinator u16   10 scope u8, or what is decided,
+//!          and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16   15 command
 //! reply     0 session u32   4 number u32   8 length u32   12 large values u16   14 unused u16   16 what to send
 //! ```
 
 use crate::encoding::{Reader, Rope, push_broadcast, push_command};
+use crate::locks::TxnId;
 use crate::model::{Broadcast, Command, Op};
 use crate::partition::Place;
 use crate::protocol::{Protocol, Shape};
+use crate::txn::{Decision, Role, Scope};
 use std::collections::VecDeque;
 
 /// What travels between two cores in one turn: records without a gap, and the large values they refer to.
@@ -163,17 +166,23 @@ impl Link {
         finish(rope, start);
     }
 
-    /// Begins a group of commands, whose reply is several results. Members follow, then [`Link::finish_group`].
-    pub(crate) fn begin_group(&mut self, to: Return, shape_code: u32) -> usize {
-        push_header(&mut self.requests.rope, to, GROUP, 0, 0, &Shape::code(shape_code))
+    /// Begins this core's part of a transaction; with `prepare` there are other parts, and a decision follows. Members
+    /// follow, then [`Link::finish_part`].
+    pub(crate) fn begin_part(&mut self, to: Return, shape_code: u32, prepare: bool, id: TxnId, scope: Scope) -> usize {
+        let kind = if prepare { PREPARE } else { WHOLE };
+        let rope = &mut self.requests.rope;
+        let start = push_header(rope, to, kind, 0, 0, &Shape::code(shape_code));
+        push_id(rope, id);
+        rope.push(&[scope as u8]);
+        start
     }
 
-    /// Adds a command to the group that was begun last.
+    /// Adds a command to the part that was begun last.
     #[inline]
-    pub(crate) fn push_member(&mut self, hash: u64, shard: u16, command: &Command<'_>) {
+    pub(crate) fn push_member(&mut self, role: Role, hash: u64, shard: u16, command: &Command<'_>) {
         let rope = &mut self.requests.rope;
         let start = rope.flat.len();
-        rope.push(&[0; 4]);
+        rope.push(&[0, 0, 0, 0, role as u8]);
         rope.push(&hash.to_le_bytes());
         rope.push(&shard.to_le_bytes());
         push_command(rope, command);
@@ -181,9 +190,18 @@ impl Link {
         rope.flat[start..start + 4].copy_from_slice(&length.to_le_bytes());
     }
 
-    /// Ends the group that began at `start`.
-    pub(crate) fn finish_group(&mut self, start: usize) {
+    /// Ends the part that began at `start`.
+    pub(crate) fn finish_part(&mut self, start: usize) {
         finish(&mut self.requests.rope, start);
+    }
+
+    /// Adds what was decided of a transaction. It needs no credit: its preparation holds it still.
+    pub(crate) fn push_decision(&mut self, to: Return, id: TxnId, decision: Decision) {
+        let rope = &mut self.requests.rope;
+        let start = push_header(rope, to, DECIDE, 0, 0, &Shape::code(0));
+        push_id(rope, id);
+        rope.push(&[decision as u8]);
+        finish(rope, start);
     }
 
     /// Begins a reply: what follows it in the rope is its content, until [`Link::finish_reply`].
@@ -241,7 +259,9 @@ const REPLY_HEADER_BYTES: usize = 16;
 const RETURN_BYTES: usize = 8;
 const COMMAND: u8 = 0;
 const BROADCAST: u8 = 1;
-const GROUP: u8 = 2;
+const WHOLE: u8 = 2;
+const PREPARE: u8 = 3;
+const DECIDE: u8 = 4;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,8 +270,30 @@ pub(crate) enum Kind {
     Command,
     /// Something of all shards.
     Broadcast,
-    /// Several commands.
-    Group,
+    /// A transaction that needs no other core.
+    Whole,
+    /// A part of a transaction: a [`Decision`] follows.
+    Prepare,
+    /// A [`Decision`].
+    Decide,
+}
+
+fn push_id(rope: &mut Rope, id: TxnId) {
+    rope.push(&id.clock.to_le_bytes());
+    rope.push(&id.core.to_le_bytes());
+}
+
+/// Reads the id of a transaction.
+pub(crate) fn read_id(body: &mut Reader<'_>) -> TxnId {
+    TxnId {
+        clock: body.u64(),
+        core: body.u16(),
+    }
+}
+
+/// Reads the scope of a transaction.
+pub(crate) fn read_scope(body: &mut Reader<'_>) -> Scope {
+    Scope::from_number(body.u8())
 }
 
 /// What a command takes of a link's credit: its record, nearly, and its value.
@@ -299,7 +341,9 @@ pub(crate) struct Request<'a> {
     pub(crate) shard: u16,
     pub(crate) shape: Shape<'a>,
     pub(crate) kind: Kind,
-    /// The command, the broadcast, or the [`Member`]s.
+    /// The whole record.
+    pub(crate) record: &'a [u8],
+    /// What follows the header.
     pub(crate) body: Reader<'a>,
 }
 
@@ -308,14 +352,17 @@ impl<'a> Request<'a> {
     #[inline]
     pub(crate) fn read(records: &mut Reader<'a>) -> Self {
         let length = { *records }.u32() as usize;
-        let mut reader = Reader(&records.bytes(length)[4..]);
+        let record = records.bytes(length);
+        let mut reader = Reader(&record[4..]);
         let to = ReturnBytes(reader.bytes(RETURN_BYTES));
         let (hash, shard) = (reader.u64(), reader.u16());
         let protocol = Protocol::ALL[usize::from(reader.u8())];
         let kind = match reader.u8() {
             COMMAND => Kind::Command,
             BROADCAST => Kind::Broadcast,
-            _ => Kind::Group,
+            WHOLE => Kind::Whole,
+            PREPARE => Kind::Prepare,
+            _ => Kind::Decide,
         };
         let (code, text_len) = (reader.u32(), usize::from(reader.u16()));
         reader.u16();
@@ -327,14 +374,16 @@ impl<'a> Request<'a> {
             shard,
             shape: Shape { code, text },
             kind,
+            record,
             body: reader,
         }
     }
 }
 
-/// One command of a group.
+/// One command of a transaction's part.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Member<'a> {
+    pub(crate) role: Role,
     pub(crate) hash: u64,
     pub(crate) shard: u16,
     pub(crate) command: Reader<'a>,
@@ -347,6 +396,7 @@ impl<'a> Member<'a> {
         let length = members.u32() as usize;
         let mut command = Reader(members.bytes(length));
         Self {
+            role: Role::from_number(command.u8()),
             hash: command.u64(),
             shard: command.u16(),
             command,

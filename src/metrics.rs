@@ -69,7 +69,7 @@ counters! {
     version_mismatches,
     /// Items removed because their time was over.
     expired,
-    /// How often the store was emptied, counted on every core.
+    /// How often the store was to be emptied.
     flushes,
     /// Writes refused because of the memory limit.
     out_of_memory,
@@ -83,6 +83,12 @@ counters! {
     forwarded,
     /// Requests served for other cores.
     served_for_others,
+    /// Transactions and requests for several keys that were finished.
+    txns,
+    /// How often one of them started over because an older one was in its way.
+    txn_retries,
+    /// Requests that waited for a transaction to end.
+    lock_waits,
     /// How often a request waited because all credits to its owner were in use.
     credit_waits,
     /// Connections accepted.

@@ -242,6 +242,8 @@ pub enum Op<'a> {
     Touch(Deadline),
     /// Read the item's bookkeeping without any effect on it.
     Inspect,
+    /// Find out whether a condition holds.
+    Check(Condition),
 }
 
 /// The classes that latency is recorded by.
@@ -283,7 +285,7 @@ impl Op<'_> {
     /// The class that this operation's latency counts to.
     pub fn class(&self) -> Class {
         match self {
-            Op::Get { .. } | Op::Inspect => Class::Get,
+            Op::Get { .. } | Op::Inspect | Op::Check(_) => Class::Get,
             Op::Put(_) => Class::Set,
             Op::Delete(_) => Class::Delete,
             Op::Increment(_) => Class::Count,
@@ -299,6 +301,38 @@ pub struct Command<'a> {
     pub key: &'a [u8],
     /// What to do with it.
     pub op: Op<'a>,
+}
+
+impl Command<'_> {
+    /// It changes nothing that another command could see.
+    pub fn only_reads(&self) -> bool {
+        matches!(self.op, Op::Get { effects: None, .. } | Op::Inspect | Op::Check(_))
+    }
+}
+
+/// Commands that are executed together, at one instant: what stands for success when all checks hold, else what stands for
+/// failure. What is executed is read, written without a condition, or deleted.
+#[derive(Clone, Copy, Debug)]
+pub struct Transaction<'a> {
+    /// Of [`Op::Check`].
+    pub checks: &'a [Command<'a>],
+    /// Executed when all checks hold.
+    pub success: &'a [Command<'a>],
+    /// Executed when one does not.
+    pub failure: &'a [Command<'a>],
+}
+
+/// How a [`Transaction`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TxnEnd {
+    /// All checks held.
+    Success,
+    /// One did not.
+    Failure,
+    /// There was not enough memory within the limit. Nothing was executed.
+    OutOfMemory,
+    /// The values it would read are too large together. Nothing was executed.
+    TooLarge,
 }
 
 /// A request that concerns every shard.
@@ -375,4 +409,6 @@ pub enum Reply<'a> {
     OutOfMemory,
     /// Appending would make a value over the limit.
     TooLarge,
+    /// Whether the condition of a check holds.
+    Checked(bool),
 }

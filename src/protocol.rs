@@ -10,7 +10,7 @@ pub mod text;
 
 use crate::encoding::Rope;
 use crate::metrics::Report;
-use crate::model::{Broadcast, Command, Reply, UnixMillis};
+use crate::model::{Broadcast, Command, Reply, Transaction, TxnEnd, UnixMillis};
 use crate::partition::RangeTable;
 use bumpalo::Bump;
 use bytes::Bytes;
@@ -86,8 +86,8 @@ pub enum Decoded<'a> {
     Command(Command<'a>, Shape<'a>),
     /// A request for all shards.
     Broadcast(Broadcast, Shape<'a>),
-    /// A request for several keys, which are answered together. Not empty.
-    Group(&'a [Command<'a>], Shape<'a>),
+    /// A request for several keys, executed at one instant. Not empty.
+    Transaction(Transaction<'a>, Shape<'a>),
     /// An answer that needs no shard.
     Answer(&'a [u8]),
     /// A refused request: the answer, counted as a bad request.
@@ -209,11 +209,24 @@ pub fn encode(protocol: Protocol, shape: &Shape<'_>, key: &[u8], reply: &Reply<'
     }
 }
 
-/// Encodes what stands before the replies to the commands of a group, which are `replies_bytes` long together.
-pub fn encode_group(protocol: Protocol, shape: &Shape<'_>, replies_bytes: usize, out: &mut Rope) {
+/// What came of a transaction.
+#[derive(Debug)]
+pub struct TxnResults {
+    /// How it ended.
+    pub end: TxnEnd,
+    /// Whether its checks held, in their order.
+    pub checks: Vec<bool>,
+    /// The replies to what was executed, in order, as [`encode`] wrote them.
+    pub replies: Vec<Rope>,
+    /// How many commands there were for success.
+    pub commands: usize,
+}
+
+/// Encodes the reply to a transaction.
+pub fn encode_txn(protocol: Protocol, shape: &Shape<'_>, results: TxnResults, out: &mut Rope) {
     match protocol {
         Protocol::Memcached | Protocol::Text => {}
-        Protocol::Protobuf => protobuf::encode_group(shape, replies_bytes, out),
+        Protocol::Protobuf => protobuf::encode_txn(shape, results, out),
     }
 }
 

@@ -388,8 +388,15 @@ fn check_limits(config: &Config, memory_bytes_max: u64) -> Result<(), StartError
         )));
     }
     let request_bytes_max = limits.request_bytes_max();
-    if !(4096..=2 << 30).contains(&request_bytes_max) {
-        return Err(StartError("--request-bytes-max must be 4k to 2g".to_owned()));
+    if !(4096..2 << 30).contains(&request_bytes_max) {
+        return Err(StartError(
+            "--request-bytes-max must be 4k or more, and less than 2g".to_owned(),
+        ));
+    }
+    if !(4096..2 << 30).contains(&limits.response_bytes_max()) {
+        return Err(StartError(
+            "--response-bytes-max must be 4k or more, and less than 2g".to_owned(),
+        ));
     }
     if limits.input_bytes_max.0 < 4096 || limits.output_bytes_max.0 < 4096 {
         return Err(StartError(

@@ -64,10 +64,14 @@ pub(crate) struct Session {
     /// Received and not decoded: the start of a request, or requests that must wait.
     pub(crate) input: Vec<u8>,
     pub(crate) incoming: Option<Incoming>,
+    /// Credit of links that the next request has already, while it waits for more.
+    pub(crate) credits: Vec<(u16, u32)>,
     /// How many bytes of input are to be dropped unread.
     pub(crate) swallow: usize,
-    /// How many reports of all cores are under way.
-    reports: u32,
+    /// How many replies that several cores give together are under way.
+    gathering: u32,
+    /// It serves the core itself and has no socket.
+    pub(crate) internal: bool,
     pub(crate) output: Output,
     replies: Replies,
     pub(crate) blocked: Blocked,
@@ -102,8 +106,10 @@ impl Session {
             decoder: Decoder::new(protocol),
             input: vec![],
             incoming: None,
+            credits: vec![],
             swallow: 0,
-            reports: 0,
+            gathering: 0,
+            internal: false,
             output: Output::default(),
             replies: Replies::default(),
             blocked: Blocked::No,
@@ -119,6 +125,14 @@ impl Session {
             last_received_ms: now_ms,
             last_sent_ms: now_ms,
         }
+    }
+
+    /// A large value has come whole, and its request waits to be executed.
+    #[inline]
+    pub(crate) fn has_collected(&self) -> bool {
+        self.incoming
+            .as_ref()
+            .is_some_and(|incoming| incoming.value.len() == incoming.bytes)
     }
 
     /// How many replies are missing or stand behind a missing one.
@@ -179,13 +193,13 @@ impl Session {
 
     /// Makes room for a reply that several cores give together.
     pub(crate) fn expect_gathered(&mut self, class: Class, gather: Gather) -> u32 {
-        self.reports += u32::from(gather.is_report());
+        self.gathering += 1;
         self.push_slot(class, 0, SlotState::Gathering(Box::new(gather)))
     }
 
-    /// A report of all cores is under way.
-    pub(crate) fn gathers_report(&self) -> bool {
-        self.reports > 0
+    /// A reply that several cores give together is under way: nothing behind it is begun.
+    pub(crate) fn is_gathering(&self) -> bool {
+        self.gathering > 0
     }
 
     fn push_slot(&mut self, class: Class, cost_bytes: u32, state: SlotState) -> u32 {
@@ -194,7 +208,7 @@ impl Session {
             arrived_ns: self.arrived_ns,
             cost_bytes,
             class,
-            forwarded: true,
+            forwarded: cost_bytes > 0 || matches!(state, SlotState::Gathering(_)),
             state,
         });
         number
@@ -242,13 +256,13 @@ impl Session {
         }
     }
 
-    /// Takes what was gathered at slot `number`, when nobody is missing: the reply is to follow.
+    /// Takes what was gathered at slot `number`: the reply is to follow.
     pub(crate) fn take_gathered(&mut self, number: u32) -> Option<Gather> {
         let index = number.wrapping_sub(self.replies.first) as usize;
         let state = &mut self.replies.slots[index].state;
         match std::mem::replace(state, SlotState::Waiting) {
-            SlotState::Gathering(gather) if gather.is_complete() => {
-                self.reports -= u32::from(gather.is_report());
+            SlotState::Gathering(gather) => {
+                self.gathering -= 1;
                 Some(*gather)
             }
             other => {

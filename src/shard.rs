@@ -26,13 +26,21 @@ pub(crate) struct Context<'a> {
     pub(crate) value_bytes_max: usize,
 }
 
+/// What commands may cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Price {
+    /// Bytes of memory that they charge more than now.
+    pub(crate) charged_bytes: usize,
+    /// Bytes of values that they read.
+    pub(crate) read_bytes: u64,
+}
+
 /// The owner of one token range.
 pub(crate) struct Shard {
     store: Store,
     /// The version given last. Starts from the wall clock in nanoseconds, so that a restarted server, which cannot have given
     /// a version per nanosecond, never repeats one.
     last_version: u64,
-    flush_at: Option<UnixMillis>,
     /// For values that are built from two: reused, so that appending small values does not allocate twice.
     scratch: Vec<u8>,
 }
@@ -43,7 +51,6 @@ impl Shard {
         Self {
             store: Store::new(partitioner, budget),
             last_version: now.0.saturating_mul(1_000_000),
-            flush_at: None,
             scratch: vec![],
         }
     }
@@ -67,26 +74,55 @@ impl Shard {
         counters.index_bytes += self.store.index_bytes() as u64;
     }
 
-    /// Empties the shard, at once or when the moment comes. A later order replaces an earlier one that has not come yet.
-    pub(crate) fn flush(&mut self, at: Option<UnixMillis>, context: &mut Context<'_>) {
-        context.counters.flushes += 1;
-        match at {
-            Some(at) if at > context.now => self.flush_at = Some(at),
-            _ => {
-                self.flush_at = None;
-                self.store.clear(context.budget);
+    /// Empties the shard at once; the memory comes back through [`Shard::free_emptied`].
+    pub(crate) fn flush(&mut self, context: &mut Context<'_>) {
+        self.store.clear(context.budget);
+    }
+
+    /// Gives back the memory of up to `segments` segments of an emptied table. False when there was none.
+    pub(crate) fn free_emptied(&mut self, context: &mut Context<'_>, segments: usize) -> bool {
+        self.store.free_emptied(context.budget, segments)
+    }
+
+    /// What a command may cost before it is executed.
+    pub(crate) fn price(&self, hash: u64, command: &Command<'_>) -> Price {
+        let put = match &command.op {
+            Op::Put(put) => put,
+            Op::Get { .. } => {
+                let read_bytes = self.store.value_len(hash, command.key) as u64;
+                return Price {
+                    read_bytes,
+                    ..Price::default()
+                };
             }
+            _ => return Price::default(),
+        };
+        let parts = Parts {
+            value: put.value,
+            flags: put.flags,
+            deadline: put.deadline,
+            version: match put.version {
+                NewVersion::OnDemand => Version(0),
+                _ => Version(1),
+            },
+            ..empty(command.key, UnixMillis(0))
+        };
+        let charged_bytes = self
+            .store
+            .needed_bytes(hash, self.store.find(hash, command.key), &parts);
+        Price {
+            charged_bytes,
+            read_bytes: 0,
         }
     }
 
-    /// Work that time brings and that is quick: a flush that is due, and a piece of an emptied table's memory. Returns true
-    /// when there is more to give back.
-    pub(crate) fn tick(&mut self, context: &mut Context<'_>) -> bool {
-        if self.flush_at.is_some_and(|at| at <= context.now) {
-            self.flush_at = None;
-            self.store.clear(context.budget);
+    fn holds(&mut self, hash: u64, key: &[u8], condition: Condition, context: &mut Context<'_>) -> bool {
+        let position = self.live(hash, key, context);
+        match (condition, position) {
+            (Condition::Always, _) | (Condition::Absent, None) | (Condition::Present, Some(_)) => true,
+            (Condition::VersionIs(expected), Some(position)) => matches(self.store.item(position), expected),
+            _ => false,
         }
-        self.store.free_emptied(context.budget, 1)
     }
 
     /// Some item's time may be over: [`Shard::sweep`] has something to look for.
@@ -117,6 +153,7 @@ impl Shard {
             Op::Delete(delete) => self.delete(hash, command.key, delete, context),
             Op::Increment(increment) => self.increment(hash, command.key, increment, context),
             Op::Touch(deadline) => self.touch(hash, command.key, *deadline, context),
+            Op::Check(condition) => Reply::Checked(self.holds(hash, command.key, *condition, context)),
             Op::Inspect => match self.live(hash, command.key, context) {
                 None => Reply::NotFound,
                 Some(position) => {

@@ -4,7 +4,7 @@ use crate::budget::{Budget, Pool};
 use crate::metrics::Counters;
 use crate::model::{Command, CoreId, Reply, UnixMillis};
 use crate::partition::RangeTable;
-use crate::shard::{Context, Shard};
+use crate::shard::{Context, Price, Shard};
 use std::sync::Arc;
 
 /// Buckets of a shard looked at for expired items: this many for each millisecond that passed, and at most so many in one
@@ -107,10 +107,28 @@ impl Shards {
         self.shards.iter_mut().for_each(|shard| act(shard, &mut context));
     }
 
-    /// Empties them, at once or when the moment comes.
-    pub(crate) fn flush(&mut self, at: Option<UnixMillis>, now: UnixMillis, counters: &mut Counters) {
-        self.each(now, counters, |shard, context| shard.flush(at, context));
+    /// Empties them.
+    pub(crate) fn flush(&mut self, now: UnixMillis, counters: &mut Counters) {
+        self.each(now, counters, |shard, context| shard.flush(context));
         self.emptying = true;
+    }
+
+    /// What a command may cost before it is executed.
+    pub(crate) fn price(&self, shard: u16, hash: u64, command: &Command<'_>) -> Price {
+        self.shards[self.place(shard)].price(hash, command)
+    }
+
+    /// Sets memory aside for writes that must not fail; false when the limit does not allow it.
+    pub(crate) fn reserve(&mut self, bytes: usize, now: UnixMillis, counters: &mut Counters) -> bool {
+        // What an emptied table still holds must not make a write fail.
+        while !self.budget.charge(bytes) {
+            let mut any = false;
+            self.each(now, counters, |shard, context| any |= shard.free_emptied(context, 16));
+            if !any {
+                return false;
+            }
+        }
+        true
     }
 
     /// Work that time brings, a bounded piece of it: `passed_ms` since the last time.
@@ -134,7 +152,9 @@ impl Shards {
 
     fn tick_each(&mut self, now: UnixMillis, counters: &mut Counters) {
         let mut emptying = false;
-        self.each(now, counters, |shard, context| emptying |= shard.tick(context));
+        self.each(now, counters, |shard, context| {
+            emptying |= shard.free_emptied(context, 1)
+        });
         self.emptying = emptying;
     }
 

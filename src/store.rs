@@ -122,6 +122,22 @@ impl Store {
         }
     }
 
+    /// How long the value of `key` is; 0 when there is none.
+    pub(crate) fn value_len(&self, hash: u64, key: &[u8]) -> usize {
+        self.find(hash, key)
+            .map_or(0, |position| self.item(position).value_len())
+    }
+
+    /// How many bytes more than now a write may charge.
+    pub(crate) fn needed_bytes(&self, hash: u64, old: Option<Position>, parts: &Parts<'_>) -> usize {
+        match old {
+            Some(position) => parts
+                .charged_bytes()
+                .saturating_sub(self.item(position).charged_bytes()),
+            None => parts.charged_bytes() + self.index.growth_bytes(hash),
+        }
+    }
+
     #[inline]
     fn overwrite(&mut self, budget: &mut Budget, position: Position, parts: &Parts<'_>) -> Result<(), OutOfMemory> {
         let had_deadline = self.item(position).deadline() != Deadline::Never;

@@ -210,7 +210,13 @@ fn particulars_of_a_write() {
         put("none", Condition::VersionIs(version)),
     ]);
     let (stored, failed) = (Written::Stored(None), Written::ConditionFailed);
-    assert_eq!(outcomes.unwrap(), [stored, failed, stored, failed]);
+    assert_eq!(outcomes.unwrap(), [Written::Aborted, Written::Aborted, Written::Aborted, failed]);
+    let outcomes = client.set_many([
+        put("key", Condition::VersionIs(version)),
+        put("key", Condition::Present),
+        put("other", Condition::Absent),
+    ]);
+    assert_eq!(outcomes.unwrap(), [stored; 3]);
     let item = client.get("key").unwrap().unwrap();
     assert_eq!((item.expires_at, item.version), (Some(moment), None));
     for expiry in [Expiry::In(Duration::ZERO), Expiry::At(SystemTime::UNIX_EPOCH)] {

@@ -9,102 +9,14 @@ use memkv::proto::condition::Is;
 use memkv::proto::entry::Expiry;
 use memkv::proto::message::Command;
 use memkv::proto::{
-    Code, Condition, Delete, Entry, Flush, Get, KeyResult, Message as Request, Metrics, Ping, Response, Set, Topology,
+    Code, Condition, Delete, Entry, Flush, KeyResult, Message as Request, Metrics, Ping, Response, Topology,
 };
 use memkv::protocol::Protocol;
 use prost::Message;
+use support::protobuf::{
+    PIECES, ask, delete, entry, everywhere, found, get, only, only_if, request, responses, results, set,
+};
 use support::{BEGAN_MS, Client, World};
-
-/// Sizes of the pieces that requests arrive in; 0 stands for all at once.
-const PIECES: [usize; 7] = [0, 4096, 1000, 100, 10, 3, 1];
-
-fn request(id: u64, command: impl Into<Option<Command>>) -> Vec<u8> {
-    let command = command.into();
-    Request { id, command }.encode_length_delimited_to_vec()
-}
-
-fn get(keys: &[&[u8]], with_version: bool) -> Command {
-    let keys = keys.iter().map(|key| key.to_vec()).collect();
-    Command::Get(Get { keys, with_version })
-}
-
-fn entry(key: &[u8], value: &[u8]) -> Entry {
-    Entry {
-        key: key.to_vec(),
-        value: value.to_vec(),
-        ..Entry::default()
-    }
-}
-
-fn set(entries: &[Entry]) -> Command {
-    let entries = entries.to_vec();
-    Command::Set(Set { entries })
-}
-
-fn delete(keys: &[&[u8]]) -> Command {
-    let keys = keys.iter().map(|key| key.to_vec()).collect();
-    let conditions = vec![];
-    Command::Delete(Delete { keys, conditions })
-}
-
-fn only_if(is: Is) -> Option<Condition> {
-    Some(Condition { is: Some(is) })
-}
-
-fn found(value: &[u8]) -> KeyResult {
-    KeyResult {
-        value: value.to_vec().into(),
-        ..KeyResult::default()
-    }
-}
-
-fn only(code: Code) -> KeyResult {
-    KeyResult {
-        code: code.into(),
-        ..KeyResult::default()
-    }
-}
-
-/// Every response in `bytes`, which must end with one.
-fn responses(bytes: &[u8]) -> Vec<Response> {
-    let mut rest = bytes;
-    let mut all = vec![];
-    while !rest.is_empty() {
-        all.push(Response::decode_length_delimited(&mut rest).unwrap());
-    }
-    all
-}
-
-/// Sends in pieces and returns the responses.
-fn ask(world: &mut World, client: Client, bytes: &[u8], piece: usize) -> Vec<Response> {
-    for piece in bytes.chunks(if piece == 0 { bytes.len() } else { piece }) {
-        world.send(client, piece);
-        if bytes.len() < 10_000 {
-            world.settle();
-        }
-    }
-    world.settle();
-    responses(&world.take(client))
-}
-
-/// Plays a conversation over worlds of 1 and 3 cores and all sizes of pieces, each time from the start.
-fn everywhere(options: &[&str], conversation: impl Fn(&mut dyn FnMut(&[u8]) -> Vec<Response>)) {
-    for cores in [1, 3] {
-        for piece in PIECES {
-            let mut world = World::new(cores, options);
-            let client = world.connect(0, Protocol::Protobuf);
-            conversation(&mut |bytes| ask(&mut world, client, bytes, piece));
-            for engine in &world.engines {
-                assert!(engine.is_quiet(), "{cores} cores, pieces of {piece}");
-            }
-        }
-    }
-}
-
-fn results(response: &Response) -> &[KeyResult] {
-    assert_eq!((response.code(), response.message.as_str()), (Code::Ok, ""));
-    &response.results
-}
 
 #[test]
 fn single_keys() {
@@ -193,7 +105,7 @@ fn flags_expiry_and_versions() {
             ..entry(b"full", b"value")
         };
         let at_once = Entry {
-            expiry: Some(Expiry::TtlMs(0)),
+            expiry: Some(Expiry::ExpiresAtMs(1)),
             ..entry(b"at once", b"value")
         };
         let soon = Entry {
@@ -278,7 +190,7 @@ fn conditions() {
         let old = [Is::Version(stored.version), Is::Present(true)];
         assert_eq!(
             results(&ask(&deleting(&[b"k", b"none"], &old))[0]),
-            [failed, only(Code::NotFound)]
+            [failed.clone(), failed]
         );
         let new = [Is::Version(newer.version), Is::Present(true)];
         assert_eq!(results(&ask(&deleting(&[b"k", b"other"], &new))[0]), [ok.clone(), ok]);
@@ -429,6 +341,12 @@ fn a_stream_out_of_step_is_closed() {
         for (bytes, words) in [
             (&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 2, 3][..], 1),
             (&[0x80, 0x80, 0x80, 0x80, 0x80, 0x01], 1),
+            (b"GET / HTTP/1.0\r\n\r\n", 0),
+            // Without its verb this is a Flush among fields of later versions.
+            (
+                b"OPTIONS /abc:BPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPxPx HTTP/1.1\r\n\r\n",
+                0,
+            ),
             (
                 b"GET / HTTP/1.1\r\nHost: localhost:7001\r\nUser-Agent: a browser of these days\r\n\r\n",
                 0,
@@ -576,14 +494,21 @@ fn narrow_links_lose_nothing() {
                 bytes.extend(request(round as u64, get(&keys[..1], false)));
                 bytes.extend(request(round as u64, Command::Metrics(Metrics {})));
                 bytes.extend(request(round as u64, get(&keys, false)));
+                // Long enough to be collected first, alone and among others.
+                let large = vec![round as u8; 5000];
+                bytes.extend(request(round as u64, set(&[entry(&key(number, 9), &large)])));
+                let both = [entry(&key(number, 10), &large), entry(&key(number, 11), b"")];
+                bytes.extend(request(round as u64, set(&both)));
             }
             world.send(*client, &bytes);
+            // What was sent before the end is answered all the same.
+            world.end(*client);
         }
         world.settle();
         for client in &clients {
             let answers = responses(&world.take(*client));
-            assert_eq!(answers.len(), 80, "{options:?}");
-            for (round, answers) in answers.chunks(4).enumerate() {
+            assert_eq!(answers.len(), 120, "{options:?}");
+            for (round, answers) in answers.chunks(6).enumerate() {
                 assert!(answers.iter().all(|answer| answer.id == round as u64));
                 assert_eq!(results(&answers[1]), [found(&key(round, 0))]);
                 let expected: Vec<KeyResult> = (0..8).map(|at| found(&key(round, at))).collect();
@@ -594,24 +519,104 @@ fn narrow_links_lose_nothing() {
     }
 }
 
-/// A client that goes away in the middle of everything leaves nothing behind.
+/// A client that goes away in the middle of everything leaves nothing behind: no session, no credit, no charge.
 #[test]
 fn clients_that_vanish() {
-    for sent in [1, 10, 1000, 5000, 9000] {
-        let mut world = World::new(3, &[]);
-        let client = world.connect(0, Protocol::Protobuf);
-        let charged = |world: &World| world.engines.iter().map(|engine| engine.connections()).sum::<u64>();
-        let entries: Vec<Entry> = (0..30u8).map(|number| entry(&[number], &[number; 50])).collect();
-        let keys: Vec<[u8; 1]> = (0..30u8).map(|number| [number]).collect();
-        let keys: Vec<&[u8]> = keys.iter().map(<[u8; 1]>::as_slice).collect();
-        let large = request(2, set(&[entry(b"large", &[7; 6000])]));
-        let bytes = [request(1, set(&entries)), request(1, get(&keys, true)), large].concat();
-        world.send(client, &bytes[..sent.min(bytes.len())]);
-        world.drop_connection(client);
-        world.settle();
-        assert_eq!(charged(&world), 0);
-        assert!(world.engines.iter().all(|engine| engine.is_quiet()));
-        let next = world.connect(0, Protocol::Protobuf);
-        assert_eq!(ask(&mut world, next, &request(3, Command::Ping(Ping {})), 0)[0].id, 3);
+    let entries: Vec<Entry> = (0..30u8).map(|number| entry(&[number], &[number; 50])).collect();
+    let keys: Vec<[u8; 1]> = (0..30u8).map(|number| [number]).collect();
+    let keys: Vec<&[u8]> = keys.iter().map(<[u8; 1]>::as_slice).collect();
+    let large = request(2, set(&[entry(b"large", &[7; 6000]), entry(b"other", &[8; 6000])]));
+    let bytes = [request(1, set(&entries)), request(1, get(&keys, true)), large].concat();
+    let charged = |world: &World| -> u64 { world.engines.iter().map(|engine| engine.charged_bytes()).sum() };
+    for options in [&[][..], &["--mesh-requests-max", "1"]] {
+        for sent in [1, 10, 1000, 5000, 9000, bytes.len()] {
+            for turns in 0..8 {
+                let mut world = World::new(3, options);
+                let clients: Vec<Client> = (0..3).map(|core| world.connect(core, Protocol::Protobuf)).collect();
+                let before = charged(&world);
+                for client in &clients {
+                    world.send(*client, &bytes[..sent.min(bytes.len())]);
+                }
+                for _ in 0..turns {
+                    world.turn();
+                }
+                for client in &clients {
+                    world.drop_connection(*client);
+                }
+                world.settle();
+                assert!(
+                    world
+                        .engines
+                        .iter()
+                        .all(|engine| engine.connections() == 0 && engine.is_quiet())
+                );
+                let next = world.connect(0, Protocol::Protobuf);
+                let flush = request(3, Command::Flush(Flush { delay_ms: 0 }));
+                assert_eq!(ask(&mut world, next, &flush, 0)[0].id, 3);
+                world.settle();
+                assert_eq!(before, charged(&world), "{sent} bytes, {turns} turns");
+            }
+        }
     }
+}
+
+/// Whatever one client asks for, what is kept for it has a bound that an option names.
+#[test]
+fn bounds_of_one_request() {
+    let options = ["--response-bytes-max", "100k", "--request-keys-max", "50"];
+    everywhere(&options, |ask| {
+        let values: Vec<Entry> = (0..6u8).map(|number| entry(&[number], &[number; 30_000])).collect();
+        for value in &values {
+            assert_eq!(
+                results(&ask(&request(1, set(std::slice::from_ref(value))))[0]),
+                [only(Code::Ok)]
+            );
+        }
+        let keys: Vec<&[u8]> = values.iter().map(|entry| entry.key.as_slice()).collect();
+        let refused = &ask(&request(7, get(&keys, false)))[0];
+        assert_eq!(
+            (refused.id, refused.code(), refused.results.len()),
+            (7, Code::TooLarge, 0)
+        );
+        assert_eq!(results(&ask(&request(8, get(&keys[..3], false)))[0]).len(), 3);
+        let conditions = vec![Condition::default(); 51];
+        let keys = vec![b"k".to_vec()];
+        let refused = &ask(&request(9, Command::Delete(Delete { keys, conditions })))[0];
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(
+            refused.message.contains("more than 50 conditions"),
+            "{}",
+            refused.message
+        );
+    });
+}
+
+/// Where protobuf leaves an encoding to the client, each is understood alike.
+#[test]
+fn unusual_encodings() {
+    let frame = |message: &[u8]| [&[message.len() as u8][..], message].concat();
+    everywhere(&[], |ask| {
+        // The number of field 1 in two bytes.
+        for command in [&[0x32, 0][..], &[0x12, 3, 0x0a, 1, b'k'], &[0x42, 0], &[0x12, 0]] {
+            let answer = &ask(&frame(&[&[0x88, 0x00, 0x07], command].concat()))[0];
+            assert_eq!(answer.id, 7, "{command:?}");
+        }
+        // The id last, and twice: the last one counts.
+        let answer = &ask(&frame(&[0x08, 5, 0x32, 0, 0x08, 6]))[0];
+        assert_eq!((answer.id, answer.code()), (6, Code::Ok));
+        // Two pieces of one Condition are merged: absent, and nothing.
+        ask(&request(1, set(&[entry(b"k", b"v")])));
+        let with_condition = |condition: &[u8]| {
+            let mut of = vec![];
+            entry(b"k", b"w").encode(&mut of).unwrap();
+            of.extend_from_slice(condition);
+            frame(&[&[0x1a, of.len() as u8 + 2, 0x0a, of.len() as u8], of.as_slice()].concat())
+        };
+        let merged = with_condition(&[0x32, 2, 0x08, 1, 0x32, 0]);
+        assert_eq!(results(&ask(&merged)[0]), [only(Code::ConditionFailed)]);
+        // A condition of a later version must not be taken for none.
+        let later = with_condition(&[0x32, 2, 0x20, 1]);
+        assert_eq!(ask(&later)[0].code(), Code::InvalidArgument);
+        assert_eq!(results(&ask(&request(1, get(&[b"k"], false)))[0]), [found(b"v")]);
+    });
 }

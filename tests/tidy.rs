@@ -26,10 +26,12 @@ const LAYERS: &[(&str, &[&str])] = &[
     // L2: what a command does.
     ("shard", &["budget", "metrics", "model", "partition", "store"]),
     ("shards", &["budget", "metrics", "model", "partition", "shard"]),
+    ("locks", &[]),
+    ("txn", &["encoding", "locks", "model", "protocol"]),
     // L3: one connection, one core.
-    ("gather", &["encoding", "metrics", "protocol"]),
+    ("gather", &["encoding", "metrics", "protocol", "txn"]),
     ("session", &["encoding", "gather", "model", "protocol"]),
-    ("link", &["encoding", "model", "partition", "protocol"]),
+    ("link", &["encoding", "locks", "model", "partition", "protocol", "txn"]),
     (
         "engine",
         &[
@@ -38,12 +40,15 @@ const LAYERS: &[(&str, &[&str])] = &[
             "encoding",
             "gather",
             "link",
+            "locks",
             "metrics",
             "model",
             "partition",
             "protocol",
             "session",
+            "shard",
             "shards",
+            "txn",
         ],
     ),
     // L4: the outside world.

@@ -1,36 +1,40 @@
-//! Requests that several cores answer together: broadcasts, and groups of commands.
+//! Requests that several cores answer together, as the core sees it that has the connection: broadcasts and transactions.
 
-use super::{Engine, Target, WINDOW, count_answered};
+use super::{Engine, count_answered};
 use crate::encoding::Rope;
-use crate::gather::{Gather, Parts, begin_result, finish_result, in_order};
-use crate::link::{BROADCAST_COST_BYTES, Member, Request, Return, cost_bytes};
+use crate::gather::{Gather, Gathered};
+use crate::link::{BROADCAST_COST_BYTES, Return, cost_bytes};
+use crate::locks::TxnId;
 use crate::metrics::{ConnectionFacts, Prefixes, Report};
-use crate::model::{Broadcast, Class, Command};
+use crate::model::{Broadcast, Class, Command, Transaction};
 use crate::protocol::{self, ServerFacts, Shape};
-use crate::session::Session;
+use crate::session::{Blocked, Session};
+use crate::txn::{Coordinator, Decision, Next, Role, Scope};
 
-/// Where a command of a group belongs.
-#[derive(Clone, Copy)]
-struct Placed {
+/// A command of a transaction, and where it belongs.
+struct Placed<'a> {
+    role: Role,
+    command: &'a Command<'a>,
     hash: u64,
     shard: u16,
     core: u16,
 }
 
 impl Engine {
-    /// Takes credit of every link that has a cost in `costs`. False, and none taken, when one has too little: the session
-    /// waits for that one.
-    fn take_credits(&mut self, session: &mut Session, id: u32, costs: &[u32], resumed: Option<u16>) -> bool {
-        let costs = costs.iter().enumerate().filter(|(_, cost)| **cost > 0);
-        for (link, cost) in costs.clone() {
-            if !self.take_credit(link as u16, *cost, resumed) {
-                for (link, cost) in costs.take_while(|(taken, _)| *taken < link) {
-                    self.links[link].release_credit(*cost);
-                }
-                self.block_on(session, id, link as u16, resumed);
+    /// Takes credit of all these links, one after the other. False when one has too little: the session waits for that one
+    /// and keeps what it has got. All do so in the order of the links, so that nobody waits in a circle.
+    fn take_credits(&mut self, session: &mut Session, id: u32, costs: &[(u16, u32)], resumed: Option<u16>) -> bool {
+        for (link, cost) in costs {
+            if *link == self.core.0 || session.credits.iter().any(|(taken, _)| taken == link) {
+                continue;
+            }
+            if !self.take_credit(*link, *cost, resumed) {
+                self.block_on(session, id, *link, resumed);
                 return false;
             }
+            session.credits.push((*link, *cost));
         }
+        session.credits.clear();
         true
     }
 
@@ -51,8 +55,8 @@ impl Engine {
         shape: &Shape<'_>,
         resumed: Option<u16>,
     ) -> bool {
-        let mut costs = vec![BROADCAST_COST_BYTES; self.links.len()];
-        costs[usize::from(self.core.0)] = 0;
+        let cost_bytes = BROADCAST_COST_BYTES;
+        let costs: Vec<(u16, u32)> = (0..self.table.cores()).map(|core| (core, cost_bytes)).collect();
         if !self.take_credits(session, id, &costs, resumed) {
             return false;
         }
@@ -61,147 +65,174 @@ impl Engine {
             // It is taken out of the list while it is served.
             connections.push(self.connection_facts(id, session));
         }
-        let gather = Gather::new(shape, costs, Parts::Report(report));
-        let number = session.expect_gathered(Class::Other, gather);
+        let of = Gathered::Report {
+            report,
+            missing: self.table.cores() - 1,
+            cost_bytes,
+        };
+        let number = session.expect_gathered(Class::Other, Gather::new(shape, of));
         let to = self.return_to(session, id, number);
         for link in (0..self.links.len()).filter(|link| *link != usize::from(self.core.0)) {
             self.metrics.counters.forwarded += 1;
             self.links[link].push_broadcast(to, broadcast);
         }
-        self.finish_gathering(session, number);
+        self.gathered(session, id, number);
         true
     }
 
-    /// Executes several commands, each on the core that owns its key. False, and nothing done, when credit is missing
-    /// somewhere.
-    pub(super) fn group(
+    /// Executes a transaction. False, and nothing done, when it must wait: for credit, or, because it is one instant for
+    /// several cores, for the replies to what the connection asked before.
+    pub(super) fn transact(
         &mut self,
         session: &mut Session,
         id: u32,
-        commands: &[Command<'_>],
+        txn: &Transaction<'_>,
         shape: &Shape<'_>,
         resumed: Option<u16>,
     ) -> bool {
-        let (mut costs, mut placed) = (vec![0; self.links.len()], Vec::with_capacity(commands.len()));
-        for command in commands {
+        let roles = [
+            (Role::Check, txn.checks),
+            (Role::Success, txn.success),
+            (Role::Failure, txn.failure),
+        ];
+        let commands = roles
+            .iter()
+            .flat_map(|(role, commands)| commands.iter().map(|command| (*role, command)));
+        let (mut placed, mut costs) = (vec![], vec![0u32; self.links.len()]);
+        let mut scope = if txn.checks.is_empty() {
+            Scope::Reads
+        } else {
+            Scope::Keys
+        };
+        for (role, command) in commands {
             let place = self.table.place(command.key);
             let shard = self.table.shard_of(place.token);
             let core = self.table.core_of(shard).0;
-            if core != self.core.0 {
-                costs[usize::from(core)] += cost_bytes(command, shape);
+            costs[usize::from(core)] += cost_bytes(command, shape);
+            if !command.only_reads() {
+                scope = Scope::Keys;
             }
-            let (hash, shard) = (place.hash, shard.0);
-            placed.push(Placed { hash, shard, core });
+            placed.push(Placed {
+                role,
+                command,
+                hash: place.hash,
+                shard: shard.0,
+                core,
+            });
         }
-        if !self.take_credits(session, id, &costs, resumed) {
+        let costs: Vec<(u16, u32)> = (0..).zip(costs).filter(|(_, cost)| *cost > 0).collect();
+        let class = txn
+            .success
+            .iter()
+            .chain(txn.checks)
+            .next()
+            .map_or(Class::Other, |command| command.op.class());
+        self.begin_txn(session, id, &placed, &costs, scope, class, shape, resumed)
+    }
+
+    /// Empties the store on all cores at one instant. False as for [`Engine::transact`].
+    pub(super) fn flush(&mut self, session: &mut Session, id: u32, shape: &Shape<'_>, resumed: Option<u16>) -> bool {
+        let costs: Vec<(u16, u32)> = (0..self.table.cores())
+            .map(|core| (core, BROADCAST_COST_BYTES))
+            .collect();
+        self.begin_txn(session, id, &[], &costs, Scope::Store, Class::Other, shape, resumed)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the two ways in have all of it in common")]
+    fn begin_txn(
+        &mut self,
+        session: &mut Session,
+        id: u32,
+        placed: &[Placed<'_>],
+        costs: &[(u16, u32)],
+        scope: Scope,
+        class: Class,
+        shape: &Shape<'_>,
+        resumed: Option<u16>,
+    ) -> bool {
+        let distributed = costs.len() > 1;
+        if distributed && session.in_flight() > 0 {
+            session.blocked = Blocked::Own;
             return false;
         }
-        let class = commands[0].op.class();
-        let is_local = costs.iter().all(|cost| *cost == 0);
-        let mut own = Rope::default();
-        self.execute_own(session, commands, &placed, shape, is_local, &mut own);
-        if is_local {
-            let (protocol, arrived_ns) = (session.protocol, session.arrived_ns);
-            let mut write = |out: &mut Rope| {
-                protocol::encode_group(protocol, shape, own.len(), out);
-                out.append(&mut own);
-            };
-            match session.direct() {
-                Some(out) => {
-                    write(out);
-                    self.count_direct(class, arrived_ns);
-                }
-                None => session.hold(class, write),
-            }
-            return true;
+        if !self.take_credits(session, id, costs, resumed) {
+            return false;
         }
-        let mut cores: Vec<Rope> = (0..self.links.len()).map(|_| Rope::default()).collect();
-        cores[usize::from(self.core.0)] = own;
-        let order = placed.iter().map(|placed| placed.core).collect();
-        let asked: Vec<bool> = costs.iter().map(|cost| *cost > 0).collect();
-        let number = session.expect_gathered(class, Gather::new(shape, costs, Parts::Results { order, cores }));
+        self.last_txn = self.last_txn.max(self.now_ns) + 1;
+        let txn = TxnId {
+            clock: self.last_txn,
+            core: self.core.0,
+        };
+        let order = placed.iter().map(|placed| (placed.role, placed.core)).collect();
+        let coordinator = Coordinator::new(txn, order, costs, scope, self.config.limits.response_bytes_max());
+        let number = session.expect_gathered(class, Gather::new(shape, Gathered::Txn(coordinator)));
+        // Nothing behind it is begun before it is done.
+        session.blocked = Blocked::Own;
         let to = self.return_to(session, id, number);
         let mut starts = vec![0; self.links.len()];
-        for link in (0..self.links.len()).filter(|link| asked[*link]) {
-            self.metrics.counters.forwarded += 1;
-            starts[link] = self.links[link].begin_group(to, shape.code);
+        for (core, _) in costs {
+            self.metrics.counters.forwarded += u64::from(*core != self.core.0);
+            let link = &mut self.links[usize::from(*core)];
+            starts[usize::from(*core)] = link.begin_part(to, shape.code, distributed, txn, scope);
         }
-        for (command, placed) in commands.iter().zip(&placed) {
-            if placed.core != self.core.0 {
-                self.links[usize::from(placed.core)].push_member(placed.hash, placed.shard, command);
-            }
+        for of in placed {
+            self.links[usize::from(of.core)].push_member(of.role, of.hash, of.shard, of.command);
         }
-        for link in (0..self.links.len()).filter(|link| asked[*link]) {
-            self.links[link].finish_group(starts[link]);
+        for (core, _) in costs {
+            self.links[usize::from(*core)].finish_part(starts[usize::from(*core)]);
         }
         true
     }
 
-    /// Executes those commands of a group whose keys this core owns: `bare` replies one behind the other, or results for
-    /// [`in_order`].
-    fn execute_own(
-        &mut self,
-        session: &Session,
-        commands: &[Command<'_>],
-        placed: &[Placed],
-        shape: &Shape<'_>,
-        bare: bool,
-        out: &mut Rope,
-    ) {
-        let core = self.core.0;
-        for (commands, placed) in commands.chunks(WINDOW).zip(placed.chunks(WINDOW)) {
-            let own = placed.iter().filter(|placed| placed.core == core);
-            own.clone()
-                .for_each(|placed| self.shards.prefetch_bucket(placed.shard, placed.hash));
-            own.for_each(|placed| self.shards.prefetch_item(placed.shard, placed.hash));
-            for (command, placed) in commands.iter().zip(placed).filter(|(_, placed)| placed.core == core) {
-                let start = (!bare).then(|| begin_result(out));
-                let target = Target::Output(&mut *out);
-                self.execute(placed.shard, placed.hash, command, session.protocol, shape, target);
-                if let Some(start) = start {
-                    finish_result(out, start);
+    /// Goes on with what is gathered at slot `number`, as far as what has come allows.
+    pub(super) fn gathered(&mut self, session: &mut Session, id: u32, number: u32) {
+        let to = self.return_to(session, id, number);
+        let Some(gather) = session.gather(number) else { return };
+        match &mut gather.of {
+            Gathered::Report { missing: 0, .. } => {}
+            Gathered::Report { .. } => return,
+            Gathered::Txn(coordinator) => {
+                let next = coordinator.next();
+                let decision = match next {
+                    Next::Wait => return,
+                    Next::Ask(decision) | Next::FinishAnd(decision) => Some(decision),
+                    Next::Finish => None,
+                };
+                if let Some(decision) = decision {
+                    self.metrics.counters.txn_retries += u64::from(decision == Decision::Again);
+                    for core in coordinator.cores() {
+                        self.links[usize::from(core)].push_decision(to, coordinator.id, decision);
+                    }
+                }
+                if let Next::Ask(_) = next {
+                    return;
+                }
+                for core in coordinator.cores().filter(|core| *core != self.core.0) {
+                    self.links[usize::from(core)].release_credit(coordinator.cost_bytes(core));
+                    self.freed_links.push(core);
                 }
             }
         }
-    }
-
-    /// Executes the commands of another core's group.
-    pub(super) fn serve_group(&mut self, link: usize, request: &Request<'_>, large: &mut Rope) {
-        let mut members = request.body;
-        while !members.0.is_empty() {
-            let mut window = arrayvec::ArrayVec::<Member<'_>, WINDOW>::new();
-            while !window.is_full() && !members.0.is_empty() {
-                let member = Member::read(&mut members);
-                self.shards.prefetch_bucket(member.shard, member.hash);
-                window.push(member);
-            }
-            for member in &window {
-                self.shards.prefetch_item(member.shard, member.hash);
-            }
-            for Member { hash, shard, command } in window {
-                let start = begin_result(self.links[link].replies());
-                self.serve_command(link, request.protocol, &request.shape, hash, shard, command, large);
-                finish_result(self.links[link].replies(), start);
-            }
-        }
-    }
-
-    /// Writes the reply of a gathering that misses nobody any more.
-    pub(super) fn finish_gathering(&mut self, session: &mut Session, number: u32) {
         let Some(gather) = session.take_gathered(number) else {
             return;
         };
         let mut reply = Rope::default();
-        let (parts, code, text) = gather.finish();
+        let (code, text) = (gather.shape().code, gather.shape().text.to_vec());
         let shape = Shape { code, text: &text };
-        match parts {
-            Parts::Report(report) => {
+        match gather.of {
+            Gathered::Report { report, .. } => {
                 protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
             }
-            Parts::Results { order, cores } => {
-                let mut results = in_order(&order, cores);
-                protocol::encode_group(session.protocol, &shape, results.len(), &mut reply);
-                reply.append(&mut results);
+            Gathered::Txn(coordinator) => {
+                let results = coordinator.finish();
+                self.metrics.counters.txns += 1;
+                if results.commands == 0 && results.checks.is_empty() {
+                    // Emptying the store.
+                    let report = Report::Done;
+                    protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
+                } else {
+                    protocol::encode_txn(session.protocol, &shape, results, &mut reply);
+                }
             }
         }
         let metrics = &mut self.metrics;
@@ -223,7 +254,7 @@ impl Engine {
     pub(super) fn answer_broadcast(&mut self, broadcast: Broadcast) -> Report {
         match broadcast {
             Broadcast::Flush(at) => {
-                self.shards.flush(at, self.now, &mut self.metrics.counters);
+                self.flush_at = at;
                 Report::Done
             }
             Broadcast::Metrics { latencies } => {
@@ -240,7 +271,7 @@ impl Engine {
             }
             Broadcast::Connections => {
                 let facts = self.sessions.iter().enumerate().filter_map(|(id, session)| {
-                    let session = session.as_ref().filter(|session| !session.gone)?;
+                    let session = session.as_ref().filter(|session| !session.gone && !session.internal)?;
                     Some(self.connection_facts(id as u32, session))
                 });
                 Report::Connections(facts.collect())

@@ -659,7 +659,7 @@ fn encode_line(kind: u32, reply: &Reply<'_>, out: &mut Rope) {
         Reply::Touched | Reply::Found(_) => b"TOUCHED\r\n",
         Reply::NotANumber => NOT_A_NUMBER,
         // Only appending meets the limit here, and this is what memcached says then.
-        Reply::TooLarge => b"NOT_STORED\r\n",
+        Reply::TooLarge | Reply::Checked(_) => b"NOT_STORED\r\n",
         Reply::OutOfMemory if kind == kind::COUNT => b"SERVER_ERROR out of memory in incr\r\n",
         Reply::OutOfMemory => NO_MEMORY,
     });
@@ -736,7 +736,7 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("idle_kicks", c.connections_timed_out),
         ("cmd_get", c.get_hits + c.get_misses),
         ("cmd_set", c.sets),
-        ("cmd_flush", c.flushes / cores.len().max(1) as u64),
+        ("cmd_flush", c.flushes),
         ("cmd_touch", c.touch_hits + c.touch_misses),
         ("get_hits", c.get_hits),
         ("get_misses", c.get_misses),
@@ -772,6 +772,9 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("requests_forwarded", c.forwarded),
         ("requests_bad", c.bad_requests),
         ("credit_waits", c.credit_waits),
+        ("txns", c.txns),
+        ("txn_retries", c.txn_retries),
+        ("lock_waits", c.lock_waits),
         ("receive_buffers_exhausted", c.receive_buffers_exhausted),
     ] {
         stat(out, name, value);

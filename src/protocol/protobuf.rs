@@ -8,12 +8,12 @@
 //! A message of [`LARGE_VALUE_BYTES`] and more is collected into memory of its own, of which a single large value stays a
 //! part: it is never copied again.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, is_http};
+use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, is_http};
 use crate::encoding::Rope;
 use crate::metrics::{Metrics, Report};
 use crate::model::{
-    Broadcast, Class, Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, Reply, UnixMillis,
-    Value, Version,
+    Broadcast, Class, Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, Reply, Transaction,
+    TxnEnd, UnixMillis, Value, Version,
 };
 use crate::partition::Partitioner;
 use crate::proto::{self, Code, Response};
@@ -29,7 +29,8 @@ mod kind {
     pub(super) const GET: u32 = 0;
     pub(super) const SET: u32 = 1;
     pub(super) const DELETE: u32 = 2;
-    pub(super) const OTHER: u32 = 3;
+    pub(super) const TXN: u32 = 3;
+    pub(super) const OTHER: u32 = 4;
 }
 /// Results carry versions.
 const WITH_VERSION: u32 = 1 << 8;
@@ -40,6 +41,9 @@ const IN_GROUP: u32 = 1 << 9;
 const LENGTH_BYTES_MAX: usize = 5;
 const ID_FIELD_BYTES_MAX: usize = 11;
 
+/// A value stays a part of the message it came in if that holds no more than this, and the key, beside it.
+const PINNED_BYTES_MAX: usize = 64;
+
 /// The first bytes of fields: number and wire type.
 mod field {
     pub(super) const ID: u8 = 1 << 3;
@@ -49,6 +53,8 @@ mod field {
     pub(super) const EXPIRES_AT: u8 = 4 << 3;
     pub(super) const VERSION: u8 = 5 << 3;
     pub(super) const RESULT: u8 = 4 << 3 | 2;
+    pub(super) const TXN: u8 = 7 << 3 | 2;
+    pub(super) const SUCCEEDED: u8 = 1 << 3;
 }
 
 /// Why a request is refused.
@@ -159,6 +165,11 @@ fn at(decoded: Decoded<'_>, used: usize) -> Step<'_> {
 /// See [`Decoder::step`].
 #[inline]
 pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
+    // A browser's verb is a length here, and a page can choose what follows so that it decodes. No client of this protocol
+    // begins a message with a blank three to seven bytes in and an unknown field.
+    if input[0].is_ascii_uppercase() && is_http(input) {
+        return at(Decoded::Close(b""), input.len());
+    }
     let front = &input[..input.len().min(LENGTH_BYTES_MAX)];
     let mut rest = front;
     let length = match decode_varint(&mut rest) {
@@ -178,7 +189,7 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         Some(message) => {
             let mut id: &[u8] = &[];
             let decoded = decode(message, &mut id, None, env);
-            at(or_refused(decoded, id, input, env), prefix + length)
+            at(or_refused(decoded, id, env), prefix + length)
         }
     }
 }
@@ -201,9 +212,6 @@ fn long<'a>(length: usize, prefix: usize, input: &'a [u8], env: &Env<'a>) -> Ste
     };
     let used = prefix + id.len();
     if length > env.request_bytes_max {
-        if is_http(input) {
-            return at(Decoded::Close(b""), input.len());
-        }
         let refusal = Refusal {
             code: Code::TooLarge,
             reason: format!(
@@ -223,7 +231,7 @@ fn long<'a>(length: usize, prefix: usize, input: &'a [u8], env: &Env<'a>) -> Ste
 pub(super) fn with_value<'a>(header: &'a [u8], message: &'a Bytes, env: &Env<'a>) -> Step<'a> {
     let mut id = id_of(header);
     let decoded = decode(message, &mut id, Some(message), env);
-    at(or_refused(decoded, id, message, env), 0)
+    at(or_refused(decoded, id, env), 0)
 }
 
 /// See [`Decoder::without_memory`].
@@ -247,10 +255,9 @@ fn id_of(header: &[u8]) -> &[u8] {
     rest
 }
 
-fn or_refused<'a>(decoded: Result<Decoded<'a>, Box<Refusal>>, id: &[u8], input: &[u8], env: &Env<'a>) -> Decoded<'a> {
+fn or_refused<'a>(decoded: Result<Decoded<'a>, Box<Refusal>>, id: &[u8], env: &Env<'a>) -> Decoded<'a> {
     match decoded {
         Ok(decoded) => decoded,
-        Err(_) if is_http(input) => Decoded::Close(b""),
         Err(refusal) => Decoded::Refused(answer(env, id, &refusal)),
     }
 }
@@ -264,6 +271,17 @@ fn answer<'a>(env: &Env<'a>, id: &[u8], refusal: &Refusal) -> &'a [u8] {
         ..Response::default()
     };
     env.arena.alloc_slice_copy(&response.encode_length_delimited_to_vec())
+}
+
+/// An id field as the response repeats it: as it came, unless its first byte was spelt out of the ordinary.
+#[inline]
+fn id_field<'a>(field: &'a [u8], number: u64, env: &Env<'a>) -> &'a [u8] {
+    if field[0] == field::ID {
+        return field;
+    }
+    let mut usual = vec![field::ID];
+    encode_varint(number, &mut usual);
+    env.arena.alloc_slice_copy(&usual)
 }
 
 /// The number in an id field.
@@ -285,10 +303,10 @@ fn decode<'a>(
         let before = fields.0;
         let Some((number, field)) = fields.next()? else { break };
         match (number, field) {
-            (1, Field::Number(_)) => *id = &before[..before.len() - fields.0.len()],
-            (2..=8, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
-            (2..=8, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
-            (1..=8, _) => return Err(malformed("a field of the message is of a wrong type")),
+            (1, Field::Number(number)) => *id = id_field(&before[..before.len() - fields.0.len()], number, env),
+            (2..=9, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
+            (2..=9, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
+            (1..=9, _) => return Err(malformed("a field of the message is of a wrong type")),
             _ => {}
         }
     }
@@ -320,6 +338,7 @@ fn decode<'a>(
             let at = (delay_ms > 0).then(|| UnixMillis(env.now.0.saturating_add(delay_ms)));
             Ok(Decoded::Broadcast(Broadcast::Flush(at), other))
         }
+        9 => transaction(body, text, env),
         _ => {
             proto::Topology::decode(body)?;
             Ok(Decoded::About(other))
@@ -366,15 +385,46 @@ impl<'a> Commands<'a> {
     }
 
     #[inline]
-    fn finish(self, code: u32, text: &'a [u8]) -> Result<Decoded<'a>, Box<Refusal>> {
+    fn finish(self, code: u32, text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
         match (self.first, self.all.is_empty()) {
             (None, _) => Err(invalid("no key".to_owned())),
             (Some(command), true) => Ok(Decoded::Command(command, Shape { code, text })),
-            (Some(_), false) => {
-                let code = code | IN_GROUP;
-                Ok(Decoded::Group(self.all.into_bump_slice(), Shape { code, text }))
+            (Some(_), false) => Ok(self.together(code | IN_GROUP, text, env)),
+        }
+    }
+
+    /// Several commands make a transaction. If one has a condition, there is a check for each, so that the reply can tell
+    /// which of them did not hold.
+    fn together(self, code: u32, text: &'a [u8], env: &Env<'a>) -> Decoded<'a> {
+        let mut checks = bumpalo::collections::Vec::new_in(env.arena);
+        let success = self.all.into_bump_slice_mut();
+        if success.iter().any(|command| condition_of(command) != Condition::Always) {
+            checks.extend(success.iter().map(|command| Command {
+                key: command.key,
+                op: Op::Check(condition_of(command)),
+            }));
+            for command in success.iter_mut() {
+                match &mut command.op {
+                    Op::Put(put) => put.condition = Condition::Always,
+                    Op::Delete(delete) => delete.condition = Condition::Always,
+                    _ => {}
+                }
             }
         }
+        let txn = Transaction {
+            checks: checks.into_bump_slice(),
+            success,
+            failure: &[],
+        };
+        Decoded::Transaction(txn, Shape { code, text })
+    }
+}
+
+fn condition_of(command: &Command<'_>) -> Condition {
+    match &command.op {
+        Op::Put(put) => put.condition,
+        Op::Delete(delete) => delete.condition,
+        _ => Condition::Always,
     }
 }
 
@@ -417,7 +467,7 @@ fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>,
         }
     }
     if !with_version {
-        return commands.finish(kind::GET, text);
+        return commands.finish(kind::GET, text, env);
     }
     for command in commands.first.iter_mut().chain(&mut commands.all) {
         command.op = Op::Get {
@@ -425,7 +475,7 @@ fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>,
             effects: None,
         };
     }
-    commands.finish(kind::GET | WITH_VERSION, text)
+    commands.finish(kind::GET | WITH_VERSION, text, env)
 }
 
 #[inline]
@@ -456,11 +506,12 @@ fn set<'a>(
     if let (Some(collected), Some(Command { op: Op::Put(put), .. }), true) =
         (collected, &mut commands.first, commands.all.is_empty())
         && put.value.bytes().len() >= LARGE_VALUE_BYTES
+        && collected.len() - put.value.bytes().len() <= env.key_bytes_max + PINNED_BYTES_MAX
     {
         let part = collected.slice_ref(put.value.bytes());
         put.value = Value::Large(env.large.get_or_init(|| part));
     }
-    commands.finish(code, text)
+    commands.finish(code, text, env)
 }
 
 /// An entry of a Set, and whether its version is wanted.
@@ -474,10 +525,10 @@ fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a
             (1, Field::Bytes(bytes)) => key = bytes,
             (2, Field::Bytes(bytes)) => put.value = Value::Small(bytes),
             (3, Field::Number(flags)) => put.flags = flags as u32,
-            (4, Field::Number(0)) => put.deadline = Deadline::At(UnixMillis(0)),
+            (4 | 5, Field::Number(0)) => put.deadline = Deadline::Never,
             (4, Field::Number(ttl_ms)) => put.deadline = Deadline::At(UnixMillis(env.now.0.saturating_add(ttl_ms))),
             (5, Field::Number(moment)) => put.deadline = Deadline::At(UnixMillis(moment)),
-            (6, Field::Bytes(body)) => put.condition = condition(body)?,
+            (6, Field::Bytes(body)) => put.condition = condition(body, put.condition)?,
             (7, Field::Number(0)) => put.version = NewVersion::OnDemand,
             (7, Field::Number(_)) => put.version = NewVersion::Now,
             (1..=7, _) => return Err(malformed("a field of an Entry is of a wrong type")),
@@ -498,9 +549,11 @@ fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a
     Ok((Command { key, op }, with_version))
 }
 
-fn condition(body: &[u8]) -> Result<Condition, Box<Refusal>> {
+/// Merges a Condition into what was there before. A kind of condition that this server does not know must not be ignored: what
+/// depends on it would be done in any case.
+fn condition(body: &[u8], before: Condition) -> Result<Condition, Box<Refusal>> {
     let mut fields = Fields(body);
-    let mut condition = Condition::Always;
+    let mut condition = before;
     while let Some((number, field)) = fields.next()? {
         condition = match (number, field) {
             (1 | 2, Field::Number(0)) => Condition::Always,
@@ -508,7 +561,11 @@ fn condition(body: &[u8]) -> Result<Condition, Box<Refusal>> {
             (2, Field::Number(_)) => Condition::Present,
             (3, Field::Number(version)) => Condition::VersionIs(Version(version)),
             (1..=3, _) => return Err(malformed("a field of a Condition is of a wrong type")),
-            _ => condition,
+            _ => {
+                return Err(invalid(
+                    "a condition of a kind that this server does not know".to_owned(),
+                ));
+            }
         };
     }
     Ok(condition)
@@ -528,7 +585,11 @@ fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'
                 let op = Op::Delete(Delete::default());
                 commands.push(Command { key, op }, env)?;
             }
-            (2, Field::Bytes(body)) => conditions.push(condition(body)?),
+            (2, Field::Bytes(_)) if conditions.len() >= env.request_keys_max => {
+                let most = env.request_keys_max;
+                return Err(invalid(format!("more than {most} conditions in one message")));
+            }
+            (2, Field::Bytes(body)) => conditions.push(condition(body, Condition::Always)?),
             (1 | 2, _) => return Err(malformed("a field of Delete is of a wrong type")),
             _ => {}
         }
@@ -554,7 +615,92 @@ fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'
             });
         }
     }
-    commands.finish(kind::DELETE, text)
+    commands.finish(kind::DELETE, text, env)
+}
+
+/// A Txn. Its commands stand in the order of the message: keys are numbered through all of it.
+fn transaction<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
+    let mut fields = Fields(body);
+    let new_list = || bumpalo::collections::Vec::new_in(env.arena);
+    let (mut checks, mut success, mut failure) = (new_list(), new_list(), new_list());
+    let mut keys = 0;
+    while let Some((number, field)) = fields.next()? {
+        let (list, command) = match (number, field) {
+            (1, Field::Bytes(body)) => (&mut checks, compare(body, keys + 1, env)?),
+            (2, Field::Bytes(body)) => (&mut success, operation(body, keys + 1, env)?),
+            (3, Field::Bytes(body)) => (&mut failure, operation(body, keys + 1, env)?),
+            (1..=3, _) => return Err(malformed("a field of Txn is of a wrong type")),
+            _ => continue,
+        };
+        keys += 1;
+        if keys > env.request_keys_max {
+            let most = env.request_keys_max;
+            return Err(invalid(format!("more than {most} keys in one message")));
+        }
+        list.push(command);
+    }
+    if keys == 0 {
+        return Err(invalid("neither a comparison nor an operation".to_owned()));
+    }
+    let txn = Transaction {
+        checks: checks.into_bump_slice(),
+        success: success.into_bump_slice(),
+        failure: failure.into_bump_slice(),
+    };
+    // Each result says for itself whether it carries a version.
+    let code = kind::TXN | IN_GROUP | WITH_VERSION;
+    Ok(Decoded::Transaction(txn, Shape { code, text }))
+}
+
+fn compare<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<Command<'a>, Box<Refusal>> {
+    let mut fields = Fields(body);
+    let (mut key, mut must): (&[u8], _) = (&[], Condition::Always);
+    while let Some((number, field)) = fields.next()? {
+        match (number, field) {
+            (1, Field::Bytes(bytes)) => key = bytes,
+            (2, Field::Bytes(body)) => must = condition(body, must)?,
+            (1 | 2, _) => return Err(malformed("a field of Compare is of a wrong type")),
+            _ => {}
+        }
+    }
+    check_key(key, number, env)?;
+    let op = Op::Check(must);
+    Ok(Command { key, op })
+}
+
+fn operation<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<Command<'a>, Box<Refusal>> {
+    let mut fields = Fields(body);
+    let (mut command, mut version) = (None, false);
+    while let Some((field_number, field)) = fields.next()? {
+        match (field_number, field) {
+            (1, Field::Bytes(key)) => {
+                let op = Op::Get {
+                    version: false,
+                    effects: None,
+                };
+                command = Some(Command { key, op });
+            }
+            (2, Field::Bytes(body)) => command = Some(entry(body, number, env)?.0),
+            (3, Field::Bytes(key)) => {
+                let op = Op::Delete(Delete::default());
+                command = Some(Command { key, op });
+            }
+            (4, Field::Number(wish)) => version = wish != 0,
+            (1..=4, _) => return Err(malformed("a field of Operation is of a wrong type")),
+            _ => {}
+        }
+    }
+    let mut command = command.ok_or_else(|| invalid(format!("operation {number} is none that this server knows")))?;
+    check_key(command.key, number, env)?;
+    if condition_of(&command) != Condition::Always {
+        return Err(invalid(format!(
+            "operation {number} has a condition: it belongs to compare"
+        )));
+    }
+    if let Op::Get { version: wish, .. } = &mut command.op {
+        *wish = version;
+    }
+    Ok(command)
 }
 
 /// Encodes the reply to a command: a whole response, or one result of a group.
@@ -583,24 +729,81 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotStored | Reply::VersionMismatch | Reply::NotANumber => result.code = Code::ConditionFailed,
         Reply::OutOfMemory => result.code = Code::OutOfMemory,
         Reply::TooLarge => result.code = Code::TooLarge,
+        Reply::Checked(_) => {}
     }
     if shape.code & WITH_VERSION == 0 {
         result.version = 0;
     }
     let length = result.encoded_len();
     if shape.code & IN_GROUP == 0 {
-        encode_group(shape, 1 + encoded_len_varint(length as u64) + length, out);
+        begin_response(shape, 1 + encoded_len_varint(length as u64) + length, out);
     }
     out.flat.push(field::RESULT);
     encode_varint(length as u64, &mut out.flat);
     result.encode(out);
 }
 
-/// Encodes what stands before the results of a response.
+/// Encodes what stands before the fields of a response that are `bytes` long.
 #[inline]
-pub(super) fn encode_group(shape: &Shape<'_>, results_bytes: usize, out: &mut Rope) {
-    encode_varint((shape.text.len() + results_bytes) as u64, &mut out.flat);
+fn begin_response(shape: &Shape<'_>, bytes: usize, out: &mut Rope) {
+    encode_varint((shape.text.len() + bytes) as u64, &mut out.flat);
     out.push(shape.text);
+}
+
+/// Encodes the reply to a request for several keys.
+pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope) {
+    let TxnResults {
+        end,
+        checks,
+        mut replies,
+        commands,
+    } = results;
+    let of_keys = shape.code & 0xff != kind::TXN;
+    match end {
+        TxnEnd::TooLarge => {
+            let response = Response {
+                code: Code::TooLarge.into(),
+                message: "the values are too large for one response".to_owned(),
+                ..Response::default()
+            };
+            return push_response(shape, response, out);
+        }
+        TxnEnd::OutOfMemory if of_keys => {
+            replies = (0..commands).map(|_| only(Code::OutOfMemory)).collect();
+        }
+        TxnEnd::OutOfMemory => {
+            let response = Response {
+                code: Code::OutOfMemory.into(),
+                message: "the server's memory limit is reached".to_owned(),
+                ..Response::default()
+            };
+            return push_response(shape, response, out);
+        }
+        TxnEnd::Failure if of_keys => {
+            let code = |held: bool| if held { Code::Aborted } else { Code::ConditionFailed };
+            replies = checks.into_iter().map(|held| only(code(held))).collect();
+        }
+        _ => {}
+    }
+    let succeeded: &[u8] = match (of_keys, end) {
+        (true, _) => &[],
+        (false, TxnEnd::Success) => &[field::TXN, 2, field::SUCCEEDED, 1],
+        (false, _) => &[field::TXN, 0],
+    };
+    begin_response(
+        shape,
+        replies.iter().map(Rope::len).sum::<usize>() + succeeded.len(),
+        out,
+    );
+    replies.iter_mut().for_each(|reply| out.append(reply));
+    out.push(succeeded);
+}
+
+/// A result that is nothing but a code.
+fn only(code: Code) -> Rope {
+    let mut out = Rope::default();
+    out.push(&[field::RESULT, 2, field::CODE, code as u8]);
+    out
 }
 
 /// A KeyResult to write.

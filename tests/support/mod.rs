@@ -8,6 +8,8 @@
     reason = "shared by tests, each of which uses its part"
 )]
 
+pub mod protobuf;
+
 use clap::Parser;
 use memkv::budget::Pool;
 use memkv::config::Config;

@@ -37,7 +37,7 @@ mod code {
     pub(super) const NOT_FOUND: u64 = 1;
     pub(super) const CONDITION_FAILED: u64 = 2;
     /// In the order of their numbers.
-    pub(super) const NAMES: [&str; 9] = [
+    pub(super) const NAMES: [&str; 10] = [
         "OK",
         "NOT_FOUND",
         "CONDITION_FAILED",
@@ -47,6 +47,7 @@ mod code {
         "MALFORMED",
         "UNKNOWN_COMMAND",
         "UNAVAILABLE",
+        "ABORTED",
     ];
 
     pub(super) fn name(code: u64) -> &'static [u8] {
@@ -484,7 +485,7 @@ mod tests {
     fn codes_have_the_names_of_the_definition() {
         for (number, name) in code::NAMES.iter().enumerate() {
             let code = Code::try_from(number as i32).unwrap();
-            assert_eq!(code.as_str_name(), *name);
+            assert_eq!(code.as_str_name(), format!("CODE_{name}"));
         }
         assert!(Code::try_from(code::NAMES.len() as i32).is_err());
         assert_eq!(code::name(99), b"a code without a name");

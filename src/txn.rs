@@ -1,0 +1,446 @@
+//! The coordinator of a transaction: what it has asked, what it was told, and what it does next. It sends nothing itself.
+//!
+//! All cores that own a key of the transaction are asked to prepare at once: to lock their keys, to evaluate their
+//! checks, and to set memory aside. When all have, and not before, it decides, and each executes its part and unlocks.
+//! Where only reads are asked for, the first answer carries them and the decision is not awaited. With a single core the first
+//! request is executed at once, and there is nothing to decide.
+
+use crate::encoding::{Reader, Rope};
+use crate::locks::TxnId;
+use crate::model::TxnEnd;
+use crate::protocol::TxnResults;
+
+/// What a command of a transaction is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Its condition decides what is executed.
+    Check = 0,
+    /// Executed when all conditions hold.
+    Success = 1,
+    /// Executed when one does not.
+    Failure = 2,
+}
+
+impl Role {
+    /// The role with this number.
+    pub(crate) fn from_number(number: u8) -> Self {
+        [Role::Check, Role::Success, Role::Failure][usize::from(number)]
+    }
+}
+
+/// What a transaction is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Its commands.
+    Keys = 0,
+    /// Its commands, which only read, without a check: the first answer carries their results.
+    Reads = 1,
+    /// The whole store, which it empties.
+    Store = 2,
+}
+
+impl Scope {
+    /// The scope with this number.
+    pub(crate) fn from_number(number: u8) -> Self {
+        [Scope::Keys, Scope::Reads, Scope::Store][usize::from(number)]
+    }
+}
+
+/// What a participant is told after it has prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// Give the locks back and prepare once more: another participant refused.
+    Again = 0,
+    /// Give the locks back; nothing is executed.
+    Release = 1,
+    /// Execute what is there for success, and answer.
+    Success = 2,
+    /// Execute what is there for failure, and answer.
+    Failure = 3,
+}
+
+impl Decision {
+    /// The decision with this number.
+    pub(crate) fn from_number(number: u8) -> Self {
+        [Decision::Again, Decision::Release, Decision::Success, Decision::Failure][usize::from(number)]
+    }
+}
+
+/// What a participant says first in its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Vote {
+    /// An older transaction is in the way. Nothing is locked.
+    Refused = 0,
+    /// There is not enough memory. What was locked is locked.
+    NoMemory = 1,
+    /// It is ready to execute what will be decided, or has read what is to be read.
+    Prepared = 2,
+    /// It has executed its part and unlocked.
+    Done = 3,
+    /// What it would read is too large. What was locked is locked.
+    TooLarge = 4,
+}
+
+/// Appends what stands before the results in a participant's answer: the vote, how many bytes of values it reads, and which
+/// checks held, in their order.
+pub(crate) fn push_vote(out: &mut Vec<u8>, vote: Vote, read_bytes: u64, checks: &[bool]) {
+    out.push(vote as u8);
+    out.extend_from_slice(&read_bytes.to_le_bytes());
+    out.extend_from_slice(&(checks.len() as u16).to_le_bytes());
+    out.extend(checks.iter().map(|held| u8::from(*held)));
+}
+
+/// Where a result began.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ResultStart {
+    flat: usize,
+    splices: usize,
+}
+
+const RESULT_HEADER_BYTES: usize = 6;
+
+/// Begins one result in a participant's answer. What is written behind it is its content, until [`finish_result`].
+#[inline]
+pub(crate) fn begin_result(out: &mut Rope) -> ResultStart {
+    let start = ResultStart {
+        flat: out.flat.len(),
+        splices: out.splices.len(),
+    };
+    out.push(&[0; RESULT_HEADER_BYTES]);
+    start
+}
+
+/// Ends the result that began at `start`: writes its length and the number of its large values before it.
+#[inline]
+pub(crate) fn finish_result(out: &mut Rope, start: ResultStart) {
+    let length = (out.flat.len() - start.flat - RESULT_HEADER_BYTES) as u32;
+    let splices = (out.splices.len() - start.splices) as u16;
+    let header = &mut out.flat[start.flat..start.flat + RESULT_HEADER_BYTES];
+    header[..4].copy_from_slice(&length.to_le_bytes());
+    header[4..].copy_from_slice(&splices.to_le_bytes());
+}
+
+/// One core's part, as the coordinator sees it.
+#[derive(Debug)]
+struct Participant {
+    core: u16,
+    /// What its part costs of the credit of its link, in bytes.
+    cost_bytes: u32,
+    /// Which of its checks held.
+    checks: Vec<bool>,
+    /// Its results, each from [`begin_result`] to [`finish_result`].
+    results: Rope,
+}
+
+/// What the coordinator does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Somebody has not answered.
+    Wait,
+    /// Tell all participants, and wait for their answers.
+    Ask(Decision),
+    /// Tell all participants, who do not answer, and finish.
+    FinishAnd(Decision),
+    /// All is done.
+    Finish,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Prepare,
+    Decide(TxnEnd),
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Coordinator {
+    /// Its age.
+    pub(crate) id: TxnId,
+    participants: Vec<Participant>,
+    /// For each command, in order: what it is there for, and whose it is.
+    order: Box<[(Role, u16)]>,
+    phase: Phase,
+    /// How many participants have not answered.
+    missing: usize,
+    refused: bool,
+    no_memory: bool,
+    too_large: bool,
+    /// Bytes of values that are read, and the most that may be.
+    read_bytes: u64,
+    read_bytes_max: u64,
+    scope: Scope,
+}
+
+impl Coordinator {
+    /// Of commands in `order`; `costs` are those of the participants, each with its core. All were asked to prepare.
+    pub(crate) fn new(
+        id: TxnId,
+        order: Box<[(Role, u16)]>,
+        costs: &[(u16, u32)],
+        scope: Scope,
+        read_bytes_max: u64,
+    ) -> Self {
+        let participants = costs.iter().map(|(core, cost_bytes)| Participant {
+            core: *core,
+            cost_bytes: *cost_bytes,
+            checks: vec![],
+            results: Rope::default(),
+        });
+        Self {
+            id,
+            participants: participants.collect(),
+            order,
+            phase: Phase::Prepare,
+            missing: costs.len(),
+            refused: false,
+            no_memory: false,
+            too_large: false,
+            read_bytes: 0,
+            read_bytes_max,
+            scope,
+        }
+    }
+
+    /// The participating cores.
+    pub(crate) fn cores(&self) -> impl Iterator<Item = u16> + '_ {
+        self.participants.iter().map(|participant| participant.core)
+    }
+
+    /// More than one core takes part.
+    pub(crate) fn is_distributed(&self) -> bool {
+        self.participants.len() > 1
+    }
+
+    /// What the part of `core` costs of the credit of its link, in bytes.
+    pub(crate) fn cost_bytes(&self, core: u16) -> u32 {
+        let part = self.participants.iter().find(|participant| participant.core == core);
+        part.map_or(0, |participant| participant.cost_bytes)
+    }
+
+    /// Takes a participant's answer: `length` flat bytes of `source` at `start`, with `splices` large values.
+    pub(crate) fn take(&mut self, core: u16, source: &mut Rope, start: usize, length: usize, splices: usize) {
+        self.missing -= 1;
+        let mut reader = Reader(&source.flat[start..start + length]);
+        let vote = reader.u8();
+        self.read_bytes += reader.u64();
+        let count = usize::from(reader.u16());
+        let checks: Vec<bool> = reader.bytes(count).iter().map(|held| *held == 1).collect();
+        let left = reader.0.len();
+        self.refused |= vote == Vote::Refused as u8;
+        self.no_memory |= vote == Vote::NoMemory as u8;
+        self.too_large |= vote == Vote::TooLarge as u8;
+        let Some(participant) = self
+            .participants
+            .iter_mut()
+            .find(|participant| participant.core == core)
+        else {
+            return;
+        };
+        if self.phase == Phase::Prepare {
+            participant.checks = checks;
+        }
+        participant
+            .results
+            .append_from(source, start + length - left, left, splices);
+    }
+
+    /// What to do now.
+    pub(crate) fn next(&mut self) -> Next {
+        if self.missing > 0 {
+            return Next::Wait;
+        }
+        if let Phase::Decide(_) = self.phase {
+            return Next::Finish;
+        }
+        if self.refused {
+            self.refused = false;
+            self.no_memory = false;
+            self.too_large = false;
+            self.read_bytes = 0;
+            for participant in &mut self.participants {
+                participant.results.clear(0);
+            }
+            self.missing = self.participants.len();
+            return Next::Ask(Decision::Again);
+        }
+        let held = self
+            .participants
+            .iter()
+            .flat_map(|participant| &participant.checks)
+            .all(|held| *held);
+        let end = if self.no_memory {
+            TxnEnd::OutOfMemory
+        } else if self.too_large || self.read_bytes > self.read_bytes_max {
+            TxnEnd::TooLarge
+        } else if held {
+            TxnEnd::Success
+        } else {
+            TxnEnd::Failure
+        };
+        self.phase = Phase::Decide(end);
+        if !self.is_distributed() {
+            return Next::Finish;
+        }
+        let role = match end {
+            TxnEnd::Success => Role::Success,
+            _ => Role::Failure,
+        };
+        let acts = match self.scope {
+            Scope::Keys => self.order.iter().any(|(of, _)| *of == role),
+            Scope::Reads => false,
+            Scope::Store => true,
+        };
+        if matches!(end, TxnEnd::OutOfMemory | TxnEnd::TooLarge) || !acts {
+            return Next::FinishAnd(Decision::Release);
+        }
+        self.missing = self.participants.len();
+        Next::Ask(match end {
+            TxnEnd::Success => Decision::Success,
+            _ => Decision::Failure,
+        })
+    }
+
+    /// What came of it.
+    pub(crate) fn finish(mut self) -> TxnResults {
+        let Phase::Decide(end) = self.phase else {
+            unreachable!("it finishes after its decision")
+        };
+        let executed = match end {
+            TxnEnd::Success => Some(Role::Success),
+            TxnEnd::Failure => Some(Role::Failure),
+            TxnEnd::OutOfMemory | TxnEnd::TooLarge => None,
+        };
+        let (mut checks, mut replies) = (vec![], vec![]);
+        let mut read = vec![(0, 0); self.participants.len()];
+        for (role, core) in &self.order {
+            let at = self
+                .participants
+                .iter()
+                .position(|participant| participant.core == *core);
+            let at = at.expect("every command belongs to a participant");
+            let (participant, (flat, seen)) = (&mut self.participants[at], &mut read[at]);
+            if *role == Role::Check {
+                checks.push(participant.checks.get(*seen).copied().unwrap_or(false));
+                *seen += 1;
+            } else if Some(*role) == executed {
+                let source = &mut participant.results;
+                let mut header = Reader(&source.flat[*flat..*flat + RESULT_HEADER_BYTES]);
+                let (length, splices) = (header.u32() as usize, usize::from(header.u16()));
+                *flat += RESULT_HEADER_BYTES;
+                let mut result = Rope::default();
+                result.append_from(source, *flat, length, splices);
+                *flat += length;
+                replies.push(result);
+            }
+        }
+        TxnResults {
+            end,
+            checks,
+            replies,
+            commands: self.order.iter().filter(|(role, _)| *role == Role::Success).count(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    const ID: TxnId = TxnId { clock: 1, core: 0 };
+
+    fn say(coordinator: &mut Coordinator, core: u16, vote: Vote, checks: &[bool], results: &[&str]) {
+        let mut said = Rope::default();
+        push_vote(&mut said.flat, vote, 7, checks);
+        for (number, text) in results.iter().enumerate() {
+            let start = begin_result(&mut said);
+            said.push(b"<");
+            if number % 2 == 0 {
+                said.splice(Bytes::copy_from_slice(text.as_bytes()));
+            } else {
+                said.push(text.as_bytes());
+            }
+            said.push(b">");
+            finish_result(&mut said, start);
+        }
+        let (length, splices) = (said.flat.len(), said.splices.len());
+        coordinator.take(core, &mut said, 0, length, splices);
+    }
+
+    fn texts(results: &[Rope]) -> Vec<String> {
+        results
+            .iter()
+            .map(|rope| String::from_utf8(rope.to_vec()).unwrap())
+            .collect()
+    }
+
+    /// Whoever answers first, the results stand in the order of the commands; reads need no second answer.
+    #[test]
+    fn reads_stand_in_order() {
+        let order = [1u16, 0, 1, 1, 0].map(|core| (Role::Success, core));
+        let mut reads = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Reads, 14);
+        assert_eq!((reads.next(), reads.cost_bytes(1)), (Next::Wait, 50));
+        say(&mut reads, 1, Vote::Prepared, &[], &["a", "c", "d"]);
+        assert_eq!(reads.next(), Next::Wait);
+        say(&mut reads, 0, Vote::Prepared, &[], &["b", "e"]);
+        assert_eq!(reads.next(), Next::FinishAnd(Decision::Release));
+        let results = reads.finish();
+        assert_eq!(
+            (results.end, texts(&results.replies).concat()),
+            (TxnEnd::Success, "<a><b><c><d><e>".to_owned())
+        );
+    }
+
+    #[test]
+    fn a_refusal_starts_over() {
+        let order = [
+            (Role::Check, 0),
+            (Role::Success, 0),
+            (Role::Success, 1),
+            (Role::Failure, 1),
+            (Role::Check, 1),
+        ];
+        for (held, decision, expected) in [
+            (true, Decision::Success, vec!["<s0>", "<s1>"]),
+            (false, Decision::Failure, vec!["<f1>"]),
+        ] {
+            let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
+            say(&mut txn, 1, Vote::Refused, &[], &[]);
+            say(&mut txn, 0, Vote::Prepared, &[true], &[]);
+            assert_eq!(txn.next(), Next::Ask(Decision::Again));
+            say(&mut txn, 1, Vote::Prepared, &[held], &[]);
+            say(&mut txn, 0, Vote::Prepared, &[true], &[]);
+            assert_eq!(txn.next(), Next::Ask(decision));
+            let of = |core: u16| match (held, core) {
+                (true, 0) => vec!["s0"],
+                (true, _) => vec!["s1"],
+                (false, 0) => vec![],
+                (false, _) => vec!["f1"],
+            };
+            for core in [1, 0] {
+                assert_eq!(txn.next(), Next::Wait);
+                say(&mut txn, core, Vote::Done, &[], &of(core));
+            }
+            assert_eq!(txn.next(), Next::Finish);
+            let results = txn.finish();
+            assert_eq!(
+                (results.checks, texts(&results.replies)),
+                (vec![true, held], expected.iter().map(|s| s.to_string()).collect())
+            );
+        }
+    }
+
+    #[test]
+    fn without_memory_nothing_is_executed() {
+        let order = [(Role::Success, 0), (Role::Success, 1)];
+        let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
+        say(&mut txn, 0, Vote::Prepared, &[], &[]);
+        say(&mut txn, 1, Vote::NoMemory, &[], &[]);
+        assert_eq!(txn.next(), Next::FinishAnd(Decision::Release));
+        let results = txn.finish();
+        assert_eq!(
+            (results.end, results.replies.len(), results.commands),
+            (TxnEnd::OutOfMemory, 0, 2)
+        );
+    }
+}
