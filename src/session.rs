@@ -188,13 +188,13 @@ impl Session {
     /// Makes room for the reply of another core; its number is to be given to [`Session::fill`].
     #[inline]
     pub(crate) fn expect_reply(&mut self, class: Class, cost_bytes: u32) -> u32 {
-        self.push_slot(class, cost_bytes, SlotState::Waiting)
+        self.push_slot(class, cost_bytes, cost_bytes > 0, SlotState::Waiting)
     }
 
     /// Makes room for a reply that several cores give together.
-    pub(crate) fn expect_gathered(&mut self, class: Class, gather: Gather) -> u32 {
+    pub(crate) fn expect_gathered(&mut self, class: Class, forwarded: bool, gather: Gather) -> u32 {
         self.gathering += 1;
-        self.push_slot(class, 0, SlotState::Gathering(Box::new(gather)))
+        self.push_slot(class, 0, forwarded, SlotState::Gathering(Box::new(gather)))
     }
 
     /// A reply that several cores give together is under way: nothing behind it is begun.
@@ -202,13 +202,13 @@ impl Session {
         self.gathering > 0
     }
 
-    fn push_slot(&mut self, class: Class, cost_bytes: u32, state: SlotState) -> u32 {
+    fn push_slot(&mut self, class: Class, cost_bytes: u32, forwarded: bool, state: SlotState) -> u32 {
         let number = self.replies.first.wrapping_add(self.replies.slots.len() as u32);
         self.replies.slots.push_back(Slot {
             arrived_ns: self.arrived_ns,
             cost_bytes,
             class,
-            forwarded: cost_bytes > 0 || matches!(state, SlotState::Gathering(_)),
+            forwarded,
             state,
         });
         number

@@ -70,7 +70,7 @@ impl Engine {
             missing: self.table.cores() - 1,
             cost_bytes,
         };
-        let number = session.expect_gathered(Class::Other, Gather::new(shape, of));
+        let number = session.expect_gathered(Class::Other, true, Gather::new(shape, of));
         let to = self.return_to(session, id, number);
         for link in (0..self.links.len()).filter(|link| *link != usize::from(self.core.0)) {
             self.metrics.counters.forwarded += 1;
@@ -165,7 +165,9 @@ impl Engine {
         };
         let order = placed.iter().map(|placed| (placed.role, placed.core)).collect();
         let coordinator = Coordinator::new(txn, order, costs, scope, self.config.limits.response_bytes_max());
-        let number = session.expect_gathered(class, Gather::new(shape, Gathered::Txn(coordinator)));
+        let forwarded = costs.iter().any(|(core, _)| *core != self.core.0);
+        let gather = Gather::new(shape, Gathered::Txn(coordinator));
+        let number = session.expect_gathered(class, forwarded, gather);
         // Nothing behind it is begun before it is done.
         session.blocked = Blocked::Own;
         let to = self.return_to(session, id, number);

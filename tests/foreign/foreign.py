@@ -2,14 +2,14 @@
 
 Started by `run`, which installs what is needed and sets MEMKV_TPC. A test is a
 function whose name begins with test_; it fails by raising. The golden
-transcripts come first, many at a time, so that their sleeps overlap.
+transcripts come first, many at a time, so that their sleeps overlap; then the
+tests here, of the text protocols, and those in protobuf.py.
 """
 
 import asyncio
 import base64
 import concurrent.futures
 import contextlib
-import inspect
 import os
 import pathlib
 import random
@@ -24,135 +24,16 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 
-from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheClientError, MemcacheServerError
 
+import protobuf
 import replay
+from support import (
+    BINARY, MEBIBYTE, ON_FREE_PORTS, START_SECONDS, Raw, Server, attempt, client, equal, on_cores, raises, settled, start, tests_of,
+)
 
-BINARY = os.environ["MEMKV_TPC"]
 WORDS = pathlib.Path("/usr/share/dict/words")
-START_SECONDS = 30
-STOP_SECONDS = 5
-MEBIBYTE = 1 << 20
-
-
-# The default ports may be in use.
-ON_FREE_PORTS = ["--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0", "--protobuf", "127.0.0.1:0"]
-
-
-class Server:
-    """The server on ports of its own choice, as a context manager.
-
-    Leaving it sends SIGTERM and demands that the server ends in time, with
-    exit code 0 and without a panic.
-    """
-
-    def __init__(self, cores, *options, **popen):
-        self.command = [BINARY, "--cores", str(cores), *ON_FREE_PORTS, *options]
-        self.popen = popen
-        self.addresses, self.stopped = {}, False
-
-    def __enter__(self):
-        self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.log, **self.popen)
-        try:
-            self.wait_until_ready()
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            raise
-        self.memcached, self.text = self.addresses["memcached"], self.addresses["text"]
-        return self
-
-    def wait_until_ready(self):
-        deadline, seen = time.monotonic() + START_SECONDS, b""
-        while b"\nready\n" not in b"\n" + seen:
-            readable, _, _ = select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
-            data = os.read(self.process.stdout.fileno(), 65536) if readable else b""
-            if not data:
-                raise AssertionError(f"the server does not get ready; it says {seen!r} and {self.messages()!r}")
-            seen += data
-        for name, host, port in re.findall(r"^listening (\w+) (\S+):(\d+)$", seen.decode(), re.M):
-            self.addresses[name] = (host, int(port))
-
-    def messages(self):
-        self.log.seek(0)
-        return self.log.read().decode(errors="replace")
-
-    def rss(self):
-        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s*(\d+) kB", status).group(1)) * 1024
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        if self.stopped:
-            return
-        self.stopped = True
-        died = self.process.poll() is not None
-        self.process.terminate()
-        try:
-            code = self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = f"none {STOP_SECONDS} s after SIGTERM"
-            self.process.kill()
-            self.process.wait()
-        messages = self.messages()
-        self.log.close()
-        self.process.stdout.close()
-        if died or code != 0 or "panicked" in messages:
-            when = "died during the test" if died else "was told to stop"
-            # of a panic its head matters, of anything else the last lines
-            panic = messages.find("panicked")
-            excerpt = messages[-1500:] if panic < 0 else messages[max(0, panic - 200) : panic + 1500]
-            raise AssertionError(f"the server {when}: exit code {code}, its messages: {excerpt}") from sys.exc_info()[1]
-
-
-def equal(got, want, what=""):
-    if got != want:
-        show = lambda v: replay.show(v) if isinstance(v, bytes) else repr(v)[:400]
-        raise AssertionError(f"{what + ': ' if what else ''}expected {show(want)}, got {show(got)}")
-
-
-class Raw:
-    """A plain socket."""
-
-    def __init__(self, address, timeout=10):
-        self.socket = socket.create_connection(address, timeout=timeout)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def send(self, data):
-        self.socket.sendall(data)
-
-    def read(self, count):
-        data = bytearray()
-        while len(data) < count:
-            piece = self.socket.recv(min(count - len(data), 1 << 18))
-            if not piece:
-                break
-            data += piece
-        return bytes(data)
-
-    def read_all(self):
-        """Everything until the server closes."""
-        data = bytearray()
-        with contextlib.suppress(ConnectionError):
-            while piece := self.socket.recv(1 << 18):
-                data += piece
-        return bytes(data)
-
-    def ask(self, request, want):
-        self.send(request)
-        equal(self.read(len(want)), want, replay.show(request[:60]))
 
 
 def alive(server):
@@ -161,10 +42,6 @@ def alive(server):
         raw.ask(b"set alive 0 0 2\r\nhi\r\nget alive\r\n", b"STORED\r\nVALUE alive 0 2\r\nhi\r\nEND\r\n")
     with Raw(server.text) as raw:
         raw.ask(b"get alive\r\n", b"VALUE alive 2 \r\nhi\r\nEND\r\n")
-
-
-def client(server, **options):
-    return Client(server.memcached, default_noreply=False, connect_timeout=10, timeout=10, **options)
 
 
 # --- golden transcripts ---------------------------------------------------------------------------
@@ -205,7 +82,8 @@ def word_rows():
     return [(word, str(n)) for n, word in enumerate(WORDS.read_text(encoding="utf-8").split("\n"), 1) if word]
 
 
-def loaded_words(cores):
+@on_cores(1, 2, 8)
+def test_word_list(cores):
     rows = word_rows()
     with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
         file.writelines(f"{word} {number}\n" for word, number in rows)
@@ -220,18 +98,6 @@ def loaded_words(cores):
                 for word, number in rows[:: len(rows) // 50]:
                     key, value = word.encode(), number.encode()
                     raw.ask(b"get %s\r\n" % key, b"VALUE %s %d \r\n%s\r\nEND\r\n" % (key, len(value), value))
-
-
-def test_word_list_on_1_core():
-    loaded_words(1)
-
-
-def test_word_list_on_2_cores():
-    loaded_words(2)
-
-
-def test_word_list_on_8_cores():
-    loaded_words(8)
 
 
 # --- libmemcached ---------------------------------------------------------------------------------
@@ -298,15 +164,8 @@ def test_libmemcached_tools():
 # --- pymemcache -----------------------------------------------------------------------------------
 
 
-def raises(kind, function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except kind:
-        return
-    raise AssertionError(f"no {kind.__name__} from {function.__name__}")
-
-
-def pymemcache(cores):
+@on_cores(1, 2)
+def test_pymemcache(cores):
     with Server(cores) as server, contextlib.closing(client(server)) as mc:
         equal(mc.get("a"), None)
         equal(mc.get("a", b"default"), b"default")
@@ -401,14 +260,6 @@ def pymemcache(cores):
         equal(mc.flush_all(), True)
         equal(mc.get_many(list(many)), {})
         equal(mc.get("fine"), None)
-
-
-def test_pymemcache_on_1_core():
-    pymemcache(1)
-
-
-def test_pymemcache_on_2_cores():
-    pymemcache(2)
 
 
 def test_meta_commands():
@@ -517,7 +368,8 @@ async def thousand(server):
     await asyncio.gather(*tasks)
 
 
-def random_pipelines(cores):
+@on_cores(1, 2, 8)
+def test_random_pipelines(cores):
     with Server(cores) as server, concurrent.futures.ThreadPoolExecutor(6) as pool:
         for done in [pool.submit(random_pipeline, server, seed) for seed in range(6)]:
             done.result()
@@ -571,18 +423,6 @@ def random_pipeline(server, seed):
                     raise AssertionError(f"no more replies after {replay.show(bytes(got[-100:]))}")
             same = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
             equal(bytes(got[same : same + 200]), want[same : same + 200], f"replies from byte {same}")
-
-
-def test_random_pipelines_on_1_core():
-    random_pipelines(1)
-
-
-def test_random_pipelines_on_2_cores():
-    random_pipelines(2)
-
-
-def test_random_pipelines_on_8_cores():
-    random_pipelines(8)
 
 
 # --- bad clients ----------------------------------------------------------------------------------
@@ -661,15 +501,6 @@ def test_ten_thousand_dropped_connections():
         settled(server, before + 64 * MEBIBYTE)
 
 
-def settled(server, limit):
-    """The server's memory falls below the limit within seconds."""
-    deadline = time.monotonic() + 10
-    while (rss := server.rss()) > limit:
-        if time.monotonic() > deadline:
-            raise AssertionError(f"the server holds {rss >> 20} MiB, more than {limit >> 20} MiB")
-        time.sleep(0.2)
-
-
 def test_clients_that_never_finish():
     with Server(2) as server:
         alive(server)
@@ -702,7 +533,8 @@ def patience(server, rounds=200):
                 raise AssertionError(f"a request took {took:.1f} s beside a bad client")
 
 
-def never_reads(cores):
+@on_cores(1, 2)
+def test_a_client_that_never_reads(cores):
     with Server(cores) as server:
         alive(server)
         value = b"x" * 1_000_000
@@ -731,14 +563,6 @@ def never_reads(cores):
         settled(server, before + 64 * MEBIBYTE)
 
 
-def test_a_client_that_never_reads_on_1_core():
-    never_reads(1)
-
-
-def test_a_client_that_never_reads_on_2_cores():
-    never_reads(2)
-
-
 def test_stopping_with_clients_connected():
     with Server(2) as server, contextlib.ExitStack() as stack:
         for n in range(50):
@@ -750,20 +574,6 @@ def test_stopping_with_clients_connected():
 
 
 # --- starting -------------------------------------------------------------------------------------
-
-
-def start(*options, **popen):
-    """Starts a server that is to fail: its exit code and its messages."""
-    process = subprocess.Popen([BINARY, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
-    try:
-        _, messages = process.communicate(timeout=START_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise AssertionError(f"{' '.join(options)}: the server starts") from None
-    if "panicked" in messages:
-        raise AssertionError(f"{' '.join(options)}: {messages}")
-    return process.returncode, messages
 
 
 def test_a_port_in_use():
@@ -831,32 +641,12 @@ def test_too_little_locked_memory():
 # --- running --------------------------------------------------------------------------------------
 
 
-def attempt(name, function):
-    began = time.monotonic()
-    try:
-        function()
-        why = None
-    except Exception as error:
-        why = str(error) if isinstance(error, AssertionError) and str(error) else traceback.format_exc()
-        if error.__cause__ is not None:
-            why += f"\nafter: {error.__cause__}"
-    line = f"{'ok' if why is None else 'FAILED'} {name} ({time.monotonic() - began:.1f} s)"
-    if why is not None:
-        line += "\n    " + why.strip().replace("\n", "\n    ")
-    print(line, flush=True)
-    return why is None
-
-
 def main():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16, hard))
     wanted = sys.argv[1:]
     chosen = lambda name: not wanted or any(word in name for word in wanted)
-    tests = [
-        (name[5:].replace("_", " "), function)
-        for name, function in globals().items()
-        if name.startswith("test_") and inspect.isfunction(function)
-    ]
+    tests = [*tests_of(sys.modules[__name__]), *tests_of(protobuf)]
     results = []
     # Those that sleep longest start first.
     jobs = sorted(
