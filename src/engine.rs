@@ -1004,9 +1004,29 @@ impl Engine {
     fn take_replies(&mut self, from: CoreId, mut batch: Box<Batch>) {
         let mut at = 0;
         while at < batch.rope.flat.len() {
-            let (record, next) = ReplyRecord::read(&batch.rope.flat, at);
-            self.reply(from, record, &mut batch.rope);
-            at = next;
+            let (mut record, mut next) = ReplyRecord::read(&batch.rope.flat, at);
+            let id = record.session;
+            let mut session = self.take(id).expect("a session stays until all its replies have come");
+            self.ready_output(&mut session);
+            // Those of one pipeline stand side by side.
+            loop {
+                self.reply(from, &mut session, id, record, &mut batch.rope);
+                at = next;
+                if at >= batch.rope.flat.len() {
+                    break;
+                }
+                (record, next) = ReplyRecord::read(&batch.rope.flat, at);
+                if record.session != id {
+                    break;
+                }
+            }
+            if session.gone {
+                session.output.filling.clear(0);
+            }
+            if session.blocked == Blocked::Own && self.resumable.last() != Some(&id) {
+                self.resumable.push(id);
+            }
+            self.put_back(id, session);
         }
         self.recycle(batch);
         while let Some(id) = self.resumable.pop() {
@@ -1019,37 +1039,31 @@ impl Engine {
     }
 
     #[inline]
-    fn reply(&mut self, from: CoreId, record: ReplyRecord, rope: &mut Rope) {
+    fn reply(&mut self, from: CoreId, session: &mut Session, id: u32, record: ReplyRecord, rope: &mut Rope) {
         let ReplyRecord {
-            session: id,
             number,
             at,
             length,
             splices,
+            ..
         } = record;
-        let mut session = self.take(id).expect("a session stays until all its replies have come");
-        self.ready_output(&mut session);
         let link = &mut self.links[usize::from(from.0)];
-        if let Some(gather) = session.gather(number) {
-            if let Gathered::Report { cost_bytes, .. } = gather.of {
-                link.release_credit(cost_bytes);
+        match session.gather(number) {
+            Ok(gather) => {
+                if let Gathered::Report { cost_bytes, .. } = gather.of {
+                    link.release_credit(cost_bytes);
+                }
+                gather.take(from.0, rope, at, length, splices);
+                self.gathered(session, id, number);
             }
-            gather.take(from.0, rope, at, length, splices);
-            self.gathered(&mut session, id, number);
-        } else {
-            if from != self.core {
-                link.release_credit(session.cost_bytes(number));
+            Err(cost_bytes) => {
+                if from != self.core {
+                    link.release_credit(cost_bytes);
+                }
+                let metrics = &mut self.metrics;
+                session.fill(number, rope, at, length, splices, |slot| count_answered(metrics, slot));
             }
-            let metrics = &mut self.metrics;
-            session.fill(number, rope, at, length, splices, |slot| count_answered(metrics, slot));
         }
-        if session.gone {
-            session.output.filling.clear(0);
-        }
-        if session.blocked == Blocked::Own && self.resumable.last() != Some(&id) {
-            self.resumable.push(id);
-        }
-        self.put_back(id, session);
     }
 
     /// Lets sessions go on that wait for credit, the longest waiting first, while there is credit.

@@ -353,8 +353,9 @@ impl<'a> Request<'a> {
     pub(crate) fn read(records: &mut Reader<'a>) -> Self {
         let length = { *records }.u32() as usize;
         let record = records.bytes(length);
-        let mut reader = Reader(&record[4..]);
-        let to = ReturnBytes(reader.bytes(RETURN_BYTES));
+        let (header, rest) = record.split_at(REQUEST_HEADER_BYTES);
+        let to = ReturnBytes(&header[4..4 + RETURN_BYTES]);
+        let mut reader = Reader(&header[4 + RETURN_BYTES..]);
         let (hash, shard) = (reader.u64(), reader.u16());
         let protocol = Protocol::ALL[usize::from(reader.u8())];
         let kind = match reader.u8() {
@@ -365,8 +366,7 @@ impl<'a> Request<'a> {
             _ => Kind::Decide,
         };
         let (code, text_len) = (reader.u32(), usize::from(reader.u16()));
-        reader.u16();
-        let text = reader.bytes(text_len);
+        let (text, body) = rest.split_at(text_len);
         Self {
             to,
             protocol,
@@ -375,7 +375,7 @@ impl<'a> Request<'a> {
             shape: Shape { code, text },
             kind,
             record,
-            body: reader,
+            body: Reader(body),
         }
     }
 }

@@ -143,7 +143,7 @@ impl Session {
 
     /// Bytes of replies that the client has not taken.
     pub(crate) fn output_bytes(&self) -> usize {
-        self.output.len() + self.replies.held.len()
+        self.output.len() + self.replies.held.flat.len()
     }
 
     /// Whether what was answered should be sent now. While replies of other cores are under way it waits for those that were
@@ -214,12 +214,6 @@ impl Session {
         number
     }
 
-    /// What the slot `number` costs of its link's credit.
-    #[inline]
-    pub(crate) fn cost_bytes(&self, number: u32) -> u32 {
-        self.replies.slots[number.wrapping_sub(self.replies.first) as usize].cost_bytes
-    }
-
     /// Fills the slot `number` with a record of `source`: `flat_len` bytes at `start`, with `splices` large values. Replies
     /// that can leave now go to the output; `left` sees each of them.
     #[inline]
@@ -246,13 +240,14 @@ impl Session {
         self.replies.slots[index].state = state;
     }
 
-    /// The gathering at slot `number`.
+    /// The gathering at slot `number`; or, of a slot that one core fills, what it costs of its link's credit.
     #[inline]
-    pub(crate) fn gather(&mut self, number: u32) -> Option<&mut Gather> {
+    pub(crate) fn gather(&mut self, number: u32) -> Result<&mut Gather, u32> {
         let index = number.wrapping_sub(self.replies.first) as usize;
-        match &mut self.replies.slots[index].state {
-            SlotState::Gathering(gather) => Some(gather),
-            _ => None,
+        let slot = &mut self.replies.slots[index];
+        match &mut slot.state {
+            SlotState::Gathering(gather) => Ok(gather),
+            _ => Err(slot.cost_bytes),
         }
     }
 
@@ -285,7 +280,7 @@ impl Session {
             match &mut slot.state {
                 SlotState::Waiting | SlotState::Gathering(_) => break,
                 SlotState::Held { start, length } => {
-                    self.output.filling.push(&replies.held[*start..*start + *length]);
+                    self.output.filling.push(&replies.held.flat[*start..*start + *length]);
                     replies.held_used -= *length;
                 }
                 SlotState::Whole(rope) => self.output.filling.append(rope),
@@ -295,11 +290,8 @@ impl Session {
             replies.first = replies.first.wrapping_add(1);
         }
         if replies.held_used == 0 {
-            replies.held.clear();
             // An idle connection keeps little.
-            if replies.held.capacity() > HELD_BYTES_SLACK {
-                replies.held = vec![];
-            }
+            replies.held.clear(HELD_BYTES_SLACK);
             if replies.slots.is_empty() && replies.slots.capacity() > SLOTS_KEPT_MAX {
                 replies.slots = VecDeque::new();
             }
@@ -313,8 +305,8 @@ struct Replies {
     slots: VecDeque<Slot>,
     /// The number of the first slot.
     first: u32,
-    /// Bytes of replies that wait behind missing ones.
-    held: Vec<u8>,
+    /// Bytes of replies that wait behind missing ones; those with large values are elsewhere.
+    held: Rope,
     /// How many bytes of `held` a slot still refers to.
     held_used: usize,
 }
@@ -330,28 +322,24 @@ const SLOTS_KEPT_MAX: usize = 64;
 impl Replies {
     /// Writes a reply aside.
     fn keep(&mut self, write: impl FnOnce(&mut Rope)) -> SlotState {
-        if self.held.len() > HELD_BYTES_SLACK.max(2 * self.held_used) {
+        if self.held.flat.len() > HELD_BYTES_SLACK.max(2 * self.held_used) {
             self.compact();
         }
-        let mut rope = Rope::default();
-        rope.flat = std::mem::take(&mut self.held);
-        let start = rope.flat.len();
-        write(&mut rope);
-        if rope.splices.is_empty() {
-            self.held = rope.flat;
-            let length = self.held.len() - start;
+        let start = self.held.flat.len();
+        write(&mut self.held);
+        let length = self.held.flat.len() - start;
+        if self.held.splices.is_empty() {
             self.held_used += length;
             // An empty reply refers to no place: the bytes before it may be gone before it leaves.
             let start = if length == 0 { 0 } else { start };
             return SlotState::Held { start, length };
         }
         // Large values among it: the reply becomes a rope of its own.
-        let mut whole = Rope::default();
-        let (length, splices) = (rope.flat.len() - start, rope.splices.len());
-        whole.append_from(&mut rope, start, length, splices);
-        rope.flat.truncate(start);
-        self.held = rope.flat;
-        SlotState::Whole(Box::new(whole))
+        let mut whole = Box::<Rope>::default();
+        let splices = self.held.splices.len();
+        whole.append_from(&mut self.held, start, length, splices);
+        self.held.flat.truncate(start);
+        SlotState::Whole(whole)
     }
 
     #[cold]
@@ -360,11 +348,11 @@ impl Replies {
         for slot in &mut self.slots {
             if let SlotState::Held { start, length } = &mut slot.state {
                 let moved = compacted.len();
-                compacted.extend_from_slice(&self.held[*start..*start + *length]);
+                compacted.extend_from_slice(&self.held.flat[*start..*start + *length]);
                 *start = moved;
             }
         }
-        self.held = compacted;
+        self.held.flat = compacted;
     }
 }
 

@@ -189,7 +189,7 @@ impl Engine {
     /// Goes on with what is gathered at slot `number`, as far as what has come allows.
     pub(super) fn gathered(&mut self, session: &mut Session, id: u32, number: u32) {
         let to = self.return_to(session, id, number);
-        let Some(gather) = session.gather(number) else { return };
+        let Ok(gather) = session.gather(number) else { return };
         match &mut gather.of {
             Gathered::Report { missing: 0, .. } => {}
             Gathered::Report { .. } => return,
