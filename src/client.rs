@@ -14,6 +14,7 @@
 //!     memcached: Listen::Off,
 //!     text: Some(Listen::Off),
 //!     protobuf: "127.0.0.1:0".parse()?,
+//!     json_line: Listen::Off,
 //!     ..Config::default()
 //! };
 //! let server = Server::start(config)?;

@@ -133,6 +133,10 @@ pub struct Config {
     #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:7001")]
     pub protobuf: Listen,
 
+    /// Where clients of the JSON-line protocol connect.
+    #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:9888")]
+    pub json_line: Listen,
+
     /// One more protobuf port for each core, on the same address: core N serves BASE + N alone, so that a client which knows
     /// the topology reaches the owner of a key without a detour. 0 lets the system choose the ports.
     #[arg(long, value_name = "BASE")]
@@ -194,6 +198,18 @@ pub struct Limits {
     /// Keys of one request on the protobuf protocol. One with more is refused.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=65535))]
     pub request_keys_max: u32,
+
+    /// Writes of one transaction that is built up command by command. One with more cannot be committed.
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=65535))]
+    pub txn_ops_max: u32,
+
+    /// Bytes of its keys and values, and 64 for each. One with more cannot be committed.
+    #[arg(long, value_name = "BYTES", default_value_t = Bytes(16 << 20))]
+    pub txn_bytes_max: Bytes,
+
+    /// A transaction whose connection sends nothing for this long cannot be committed any more. 0: for ever.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub txn_idle_timeout: Duration,
 
     /// Open connections. One more is told so, where its protocol can, and closed.
     #[arg(long, value_name = "N", default_value_t = 10_000)]

@@ -199,7 +199,7 @@ impl<'a> Reader<'a> {
 
     fn deadline(&mut self) -> Deadline {
         match self.u64() {
-            u64::MAX => Deadline::Never,
+            0 => Deadline::Never,
             moment => Deadline::At(UnixMillis(moment)),
         }
     }
@@ -237,12 +237,12 @@ fn push_u64(out: &mut Vec<u8>, number: u64) {
 }
 
 fn push_deadline(out: &mut Vec<u8>, deadline: Deadline) {
-    // The last millisecond of the 64-bit calendar stands for "never".
+    // The first millisecond of all stands for "never": as the end of an item, it is as long past as the second.
     push_u64(
         out,
         match deadline {
-            Deadline::Never => u64::MAX,
-            Deadline::At(moment) => moment.0.min(u64::MAX - 1),
+            Deadline::Never => 0,
+            Deadline::At(moment) => moment.0.max(1),
         },
     );
 }

@@ -16,6 +16,7 @@
 //!     memcached: "127.0.0.1:0".parse()?,
 //!     text: Some(Listen::Off),
 //!     protobuf: Listen::Off,
+//!     json_line: Listen::Off,
 //!     ..Config::default()
 //! };
 //! let server = Server::start(config)?;
@@ -62,6 +63,7 @@ pub mod config;
 pub mod encoding;
 pub mod engine;
 pub(crate) mod gather;
+pub(crate) mod interactive;
 pub mod link;
 pub(crate) mod locks;
 pub mod metrics;

@@ -4,6 +4,7 @@
 //! `encode` turns a [`Reply`] into bytes. What the codec must remember between the two travels with the command as a
 //! [`Shape`], opaque to everything in between, so the core that owns a key encodes the reply, wherever the connection is.
 
+pub mod json_line;
 pub mod memcached;
 pub mod protobuf;
 pub mod text;
@@ -26,15 +27,22 @@ pub enum Protocol {
     Text = 1,
     /// The protobuf protocol of `proto/memkv.proto`.
     Protobuf = 2,
+    /// The JSON-line protocol: commands as lines, answers as JSON, transactions built up command by command.
+    JsonLine = 3,
 }
 
 impl Protocol {
     /// All protocols, in the order of their numbers.
-    pub const ALL: [Protocol; 3] = [Protocol::Memcached, Protocol::Text, Protocol::Protobuf];
+    pub const ALL: [Protocol; 4] = [
+        Protocol::Memcached,
+        Protocol::Text,
+        Protocol::Protobuf,
+        Protocol::JsonLine,
+    ];
 
     /// The name in options, logs and statistics.
     pub fn name(self) -> &'static str {
-        ["memcached", "text", "protobuf"][self as usize]
+        ["memcached", "text", "protobuf", "json-line"][self as usize]
     }
 }
 
@@ -88,6 +96,8 @@ pub enum Decoded<'a> {
     Broadcast(Broadcast, Shape<'a>),
     /// A request for several keys, executed at one instant. Not empty.
     Transaction(Transaction<'a>, Shape<'a>),
+    /// A command of a transaction that the connection builds up.
+    Buffered(Buffered<'a>, Shape<'a>),
     /// An answer that needs no shard.
     Answer(&'a [u8]),
     /// A refused request: the answer, counted as a bad request.
@@ -103,6 +113,39 @@ pub enum Decoded<'a> {
     Close(&'a [u8]),
     /// The client ends the server.
     Shutdown,
+}
+
+/// What a connection does with a transaction that it builds up command by command.
+#[derive(Clone, Copy, Debug)]
+pub enum Buffered<'a> {
+    /// Begins it; checked: what it reads must not have changed when it is committed.
+    Begin {
+        /// It is.
+        checked: bool,
+    },
+    /// Keeps a write.
+    Put {
+        /// To this key.
+        key: &'a [u8],
+        /// Its value.
+        value: &'a [u8],
+    },
+    /// Keeps a delete.
+    Delete {
+        /// Of this key.
+        key: &'a [u8],
+    },
+    /// Reads: what the transaction wrote, else what is committed.
+    Get {
+        /// This key.
+        key: &'a [u8],
+        /// The transaction is checked.
+        checked: bool,
+    },
+    /// Does all of it.
+    Commit,
+    /// Forgets all of it.
+    Rollback,
 }
 
 /// The front of the input, decoded.
@@ -127,6 +170,8 @@ pub enum Decoder {
     Text(text::State),
     /// See [`protobuf`]: what is left of a request stands in the input.
     Protobuf,
+    /// See [`json_line`].
+    JsonLine(json_line::State),
 }
 
 impl Decoder {
@@ -136,6 +181,7 @@ impl Decoder {
             Protocol::Memcached => Decoder::Memcached(memcached::State::default()),
             Protocol::Text => Decoder::Text(text::State::default()),
             Protocol::Protobuf => Decoder::Protobuf,
+            Protocol::JsonLine => Decoder::JsonLine(json_line::State::default()),
         }
     }
 
@@ -146,6 +192,7 @@ impl Decoder {
             Decoder::Memcached(state) => memcached::step(state, input, env),
             Decoder::Text(state) => text::step(state, input, env),
             Decoder::Protobuf => protobuf::step(input, env),
+            Decoder::JsonLine(state) => json_line::step(state, input, env),
         }
     }
 
@@ -156,6 +203,7 @@ impl Decoder {
             Decoder::Memcached(_) => memcached::with_value(header, value, rest, env),
             Decoder::Text(_) => text::with_value(header, value, rest, env),
             Decoder::Protobuf => protobuf::with_value(header, value, env),
+            Decoder::JsonLine(_) => unreachable!("its lines announce no values"),
         }
     }
 
@@ -165,6 +213,7 @@ impl Decoder {
             Decoder::Memcached(_) => memcached::without_memory(header, env),
             Decoder::Text(_) => text::without_memory(header, env),
             Decoder::Protobuf => protobuf::without_memory(header, env),
+            Decoder::JsonLine(_) => unreachable!("its lines announce no values"),
         }
     }
 }
@@ -206,6 +255,7 @@ pub fn encode(protocol: Protocol, shape: &Shape<'_>, key: &[u8], reply: &Reply<'
         Protocol::Memcached => memcached::encode(shape, key, reply, now, out),
         Protocol::Text => text::encode(shape, key, reply, out),
         Protocol::Protobuf => protobuf::encode(shape, reply, out),
+        Protocol::JsonLine => json_line::encode(shape, reply, out),
     }
 }
 
@@ -227,6 +277,26 @@ pub fn encode_txn(protocol: Protocol, shape: &Shape<'_>, results: TxnResults, ou
     match protocol {
         Protocol::Memcached | Protocol::Text => {}
         Protocol::Protobuf => protobuf::encode_txn(shape, results, out),
+        Protocol::JsonLine => json_line::encode_txn(shape, results, out),
+    }
+}
+
+/// The reply to this read begins with the version, for the transaction that reads.
+pub fn carries_version(shape: &Shape<'_>, protocol: Protocol) -> bool {
+    protocol == Protocol::JsonLine && json_line::carries_version(shape)
+}
+
+/// Encodes that a command of [`Decoded::Buffered`] was done, or why not.
+pub fn encode_done(protocol: Protocol, done: Result<(), &str>, out: &mut Rope) {
+    if let Protocol::JsonLine = protocol {
+        json_line::encode_done(done, out);
+    }
+}
+
+/// Encodes the answer to a read of what the transaction itself wrote; `None` stands for a delete.
+pub fn encode_own(protocol: Protocol, written: Option<&[u8]>, out: &mut Rope) {
+    if let Protocol::JsonLine = protocol {
+        json_line::encode_own(written, out);
     }
 }
 
@@ -236,6 +306,7 @@ pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, ser
         Protocol::Memcached => memcached::encode_report(shape, report, server, out),
         Protocol::Text => text::encode_report(out),
         Protocol::Protobuf => protobuf::encode_report(shape, report, server, out),
+        Protocol::JsonLine => {}
     }
 }
 
@@ -243,7 +314,7 @@ pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, ser
 pub fn encode_about(protocol: Protocol, shape: &Shape<'_>, server: &ServerFacts<'_>, out: &mut Rope) {
     match protocol {
         Protocol::Memcached => memcached::encode_settings(server, out),
-        Protocol::Text => {}
+        Protocol::Text | Protocol::JsonLine => {}
         Protocol::Protobuf => protobuf::encode_topology(shape, server, out),
     }
 }
@@ -254,6 +325,7 @@ pub fn refusal(protocol: Protocol) -> Vec<u8> {
         Protocol::Memcached => b"ERROR Too many open connections\r\n".to_vec(),
         Protocol::Text => vec![],
         Protocol::Protobuf => protobuf::refusal(),
+        Protocol::JsonLine => json_line::error("too many open connections"),
     }
 }
 

@@ -134,6 +134,7 @@ impl Server {
                 Protocol::Memcached => config.memcached = Listen::At(*address),
                 Protocol::Text => config.text = Some(Listen::At(*address)),
                 Protocol::Protobuf => config.protobuf = Listen::At(*address),
+                Protocol::JsonLine => config.json_line = Listen::At(*address),
             }
         }
         host::check_open_files(config.limits.connections_max, cores);
@@ -393,6 +394,9 @@ fn check_limits(config: &Config, memory_bytes_max: u64) -> Result<(), StartError
             "--request-bytes-max must be 4k or more, and less than 2g".to_owned(),
         ));
     }
+    if limits.txn_bytes_max.0 >= 2 << 30 {
+        return Err(StartError("--txn-bytes-max must be less than 2g".to_owned()));
+    }
     if !(4096..2 << 30).contains(&limits.response_bytes_max()) {
         return Err(StartError(
             "--response-bytes-max must be 4k or more, and less than 2g".to_owned(),
@@ -436,15 +440,25 @@ struct Bound {
 fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
     let text = config.text_listen().map_err(StartError)?;
     let mut listeners: Vec<Vec<net::Listener>> = (0..cores).map(|_| vec![]).collect();
-    let (mut addresses, mut sockets) = (vec![], vec![]);
+    let (mut addresses, mut sockets): (Vec<(Protocol, SocketAddr)>, _) = (vec![], vec![]);
     let shared_by_all = [
         (Protocol::Memcached, config.memcached),
         (Protocol::Text, text),
         (Protocol::Protobuf, config.protobuf),
+        (Protocol::JsonLine, config.json_line),
     ];
     for (protocol, listen) in shared_by_all {
         let Listen::At(mut address) = listen else { continue };
         let failed = |address, error| cannot_listen(protocol.name(), address, &error);
+        let taken = addresses
+            .iter()
+            .find(|(_, other)| *other == address && address.port() != 0);
+        if let Some((other, _)) = taken {
+            let (name, other) = (protocol.name(), other.name());
+            return Err(StartError(format!(
+                "--{name} and --{other} are both {address}: choose another port for one"
+            )));
+        }
         if address.port() != 0 {
             // With SO_REUSEPORT a second server of the same user would silently share the port: look without it first.
             listener(address, false).map_err(|error| failed(address, error))?;
@@ -481,6 +495,12 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
                 )));
             };
             let address = SocketAddr::new(address.ip(), port);
+            if let Some((other, _)) = addresses.iter().find(|(_, other)| *other == address) {
+                let other = other.name();
+                return Err(StartError(format!(
+                    "--core-ports {base} reaches {address}, which is --{other}: choose another base"
+                )));
+            }
             let failed = |error| cannot_listen("core-ports", address, &error);
             let socket = listener(address, false).map_err(failed)?;
             let bound = socket.local_addr().map_err(failed)?.as_socket();

@@ -3,6 +3,7 @@
 
 use crate::encoding::Rope;
 use crate::gather::Gather;
+use crate::interactive::OpenTxn;
 use crate::model::Class;
 use crate::protocol::{Decoder, Protocol};
 use std::collections::VecDeque;
@@ -64,6 +65,8 @@ pub(crate) struct Session {
     /// Received and not decoded: the start of a request, or requests that must wait.
     pub(crate) input: Vec<u8>,
     pub(crate) incoming: Option<Incoming>,
+    /// A transaction that is built up command by command.
+    pub(crate) open_txn: Option<Box<OpenTxn>>,
     /// Credit of links that the next request has already, while it waits for more.
     pub(crate) credits: Vec<(u16, u32)>,
     /// How many bytes of input are to be dropped unread.
@@ -106,6 +109,7 @@ impl Session {
             decoder: Decoder::new(protocol),
             input: vec![],
             incoming: None,
+            open_txn: None,
             credits: vec![],
             swallow: 0,
             gathering: 0,

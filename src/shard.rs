@@ -186,7 +186,11 @@ impl Shard {
         };
         context.counters.get_hits += 1;
         self.store.mark_access(position, context.now.seconds());
-        Reply::Found(view(self.store.item(position)))
+        Reply::Found(ItemView {
+            // Nobody asked for it.
+            version: Version(0),
+            ..view(self.store.item(position))
+        })
     }
 
     fn get_with(

@@ -19,6 +19,7 @@ fn start() -> (Server, SocketAddr) {
         memcached: "127.0.0.1:0".parse().unwrap(),
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
+        json_line: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()
     };
     let server = Server::start(config).unwrap();
@@ -33,6 +34,7 @@ fn start_protobuf() -> (Server, String) {
         memcached: Listen::Off,
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
+        json_line: "127.0.0.1:0".parse().unwrap(),
         core_ports: Some(0),
         token_seed: Some(77),
         ..Config::default()

@@ -21,6 +21,7 @@ fn config(cores: u16, core_ports: bool) -> Config {
         memcached: Listen::Off,
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
+        json_line: "127.0.0.1:0".parse().unwrap(),
         core_ports: core_ports.then_some(0),
         ..Config::default()
     }
@@ -210,7 +211,10 @@ fn particulars_of_a_write() {
         put("none", Condition::VersionIs(version)),
     ]);
     let (stored, failed) = (Written::Stored(None), Written::ConditionFailed);
-    assert_eq!(outcomes.unwrap(), [Written::Aborted, Written::Aborted, Written::Aborted, failed]);
+    assert_eq!(
+        outcomes.unwrap(),
+        [Written::Aborted, Written::Aborted, Written::Aborted, failed]
+    );
     let outcomes = client.set_many([
         put("key", Condition::VersionIs(version)),
         put("key", Condition::Present),
@@ -230,7 +234,11 @@ fn particulars_of_a_write() {
 
     let delete = client.delete_if("key", Condition::VersionIs(version));
     assert_eq!(delete.unwrap(), Deleted::ConditionFailed);
-    assert_eq!(client.delete_if("none", Condition::Present).unwrap(), Deleted::NotFound);
+    assert_eq!(
+        client.delete_if("none", Condition::Present).unwrap(),
+        Deleted::ConditionFailed
+    );
+    assert_eq!(client.delete_if("none", Condition::Always).unwrap(), Deleted::NotFound);
     assert_eq!(client.delete_if("key", Condition::Present).unwrap(), Deleted::Deleted);
     server.stop();
 }

@@ -218,3 +218,8 @@ fn memcached() {
 fn text() {
     replay_all("text", Protocol::Text);
 }
+
+#[test]
+fn json_line() {
+    replay_all("json_line", Protocol::JsonLine);
+}

@@ -18,6 +18,7 @@ fn config(cores: u16) -> Config {
         memcached: "127.0.0.1:0".parse().unwrap(),
         text: Some("127.0.0.1:0".parse().unwrap()),
         protobuf: "127.0.0.1:0".parse().unwrap(),
+        json_line: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()
     }
 }
@@ -49,6 +50,10 @@ fn set_request(protocol: Protocol, key: &str, value: &[u8]) -> (Vec<u8>, Vec<u8>
     let header = match protocol {
         Protocol::Memcached => format!("set {key} 0 0 {}\r\n", value.len()),
         Protocol::Text => format!("set {key} {}\r\n", value.len()),
+        Protocol::JsonLine => {
+            let request = format!("PUT {key} {}\n", hex(value));
+            return (request.into_bytes(), b"{\"status\": \"Ok\"}\n".to_vec());
+        }
         Protocol::Protobuf => {
             let entry = proto::Entry {
                 key: key.into(),
@@ -71,6 +76,10 @@ fn get_request(protocol: Protocol, key: &str, value: &[u8]) -> (Vec<u8>, Vec<u8>
     let header = match protocol {
         Protocol::Memcached => format!("VALUE {key} 0 {}\r\n", value.len()),
         Protocol::Text => format!("VALUE {key} {} \r\n", value.len()),
+        Protocol::JsonLine => {
+            let expected = format!("{{\"status\": \"Ok\", \"result\": \"{}\"}}\n", hex(value));
+            return (format!("GET {key}\n").into_bytes(), expected.into_bytes());
+        }
         Protocol::Protobuf => {
             let keys = vec![key.into()];
             let get = proto::Get {
@@ -86,6 +95,11 @@ fn get_request(protocol: Protocol, key: &str, value: &[u8]) -> (Vec<u8>, Vec<u8>
     };
     let expected = [header.as_bytes(), value, b"\r\nEND\r\n"].concat();
     (format!("get {key}\r\n").into_bytes(), expected)
+}
+
+/// The JSON-line protocol carries text.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn protobuf(command: proto::message::Command, result: proto::KeyResult) -> (Vec<u8>, Vec<u8>) {
@@ -531,6 +545,8 @@ fn the_binary_and_its_exit_codes() {
         "off",
         "--protobuf",
         "off",
+        "--json-line",
+        "off",
     ])
     .spawn()
     .unwrap();
@@ -548,6 +564,8 @@ fn the_binary_and_its_exit_codes() {
         "--text",
         "off",
         "--protobuf",
+        "off",
+        "--json-line",
         "off",
     ])
     .output()
@@ -569,7 +587,7 @@ fn the_binary_and_its_exit_codes() {
     let mut limited = Command::new("sh");
     limited.args([
         "-c",
-        "ulimit -n 60; exec \"$0\" --cores 1 --memcached 127.0.0.1:0 --text off --protobuf off",
+        "ulimit -n 60; exec \"$0\" --cores 1 --memcached 127.0.0.1:0 --text off --protobuf off --json-line off",
     ]);
     limited
         .arg(env!("CARGO_BIN_EXE_memkv-tpc"))

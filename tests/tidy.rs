@@ -30,7 +30,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("txn", &["encoding", "locks", "model", "protocol"]),
     // L3: one connection, one core.
     ("gather", &["encoding", "metrics", "protocol", "txn"]),
-    ("session", &["encoding", "gather", "model", "protocol"]),
+    ("interactive", &["model"]),
+    ("session", &["encoding", "gather", "interactive", "model", "protocol"]),
     ("link", &["encoding", "locks", "model", "partition", "protocol", "txn"]),
     (
         "engine",
@@ -39,6 +40,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "config",
             "encoding",
             "gather",
+            "interactive",
             "link",
             "locks",
             "metrics",

@@ -157,3 +157,32 @@ fn no_memory_for_half_of_it() {
         assert!(world.engines.iter().all(|engine| engine.is_quiet()));
     }
 }
+
+/// What a connection asks for one key is done in its order, also where a part of it meets a lock.
+#[test]
+fn requests_do_not_overtake_each_other() {
+    for cores in [1, 2, 3] {
+        for core in 0..cores {
+            for number in 0..20u8 {
+                let mut world = World::new(cores, &[]);
+                let client = world.connect(core, Protocol::Protobuf);
+                let key = [b'k', number];
+                let keys: Vec<[u8; 2]> = (0..4).map(|other| [b'l', other]).collect();
+                let mut all: Vec<&[u8]> = keys.iter().map(<[u8; 2]>::as_slice).collect();
+                all.push(&key);
+                let pipeline = [
+                    request(1, get(&all, false)),
+                    request(2, set(&[entry(&key, b"1")])),
+                    request(3, get(&[&key], false)),
+                    request(4, get(&all, false)),
+                    request(5, set(&[entry(&key, b"2")])),
+                    request(6, get(&[&key], false)),
+                ];
+                let answers = ask(&mut world, client, &pipeline.concat(), 0);
+                assert_eq!(results(&answers[2]), [found(b"1")]);
+                assert_eq!(results(&answers[3])[4], found(b"1"));
+                assert_eq!(results(&answers[5]), [found(b"2")], "core {core} of {cores}, key {number}");
+            }
+        }
+    }
+}

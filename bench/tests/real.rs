@@ -28,6 +28,7 @@ fn server(core_ports: Option<u16>) -> (Server, SocketAddr) {
         memcached: Listen::Off,
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
+        json_line: "127.0.0.1:0".parse().unwrap(),
         core_ports,
         ..Config::default()
     })

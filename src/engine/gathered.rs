@@ -6,7 +6,7 @@ use crate::gather::{Gather, Gathered};
 use crate::link::{BROADCAST_COST_BYTES, Return, cost_bytes};
 use crate::locks::TxnId;
 use crate::metrics::{ConnectionFacts, Prefixes, Report};
-use crate::model::{Broadcast, Class, Command, Transaction};
+use crate::model::{Broadcast, Class, Command, Transaction, TxnEnd};
 use crate::protocol::{self, ServerFacts, Shape};
 use crate::session::{Blocked, Session};
 use crate::txn::{Coordinator, Decision, Next, Role, Scope};
@@ -226,7 +226,13 @@ impl Engine {
                 protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
             }
             Gathered::Txn(coordinator) => {
-                let results = coordinator.finish();
+                let mut results = coordinator.finish();
+                if session.open_txn.is_some()
+                    && results.end == TxnEnd::Success
+                    && protocol::carries_version(&shape, session.protocol)
+                {
+                    self.note_read(session, &shape, &mut results);
+                }
                 self.metrics.counters.txns += 1;
                 if results.commands == 0 && results.checks.is_empty() {
                     // Emptying the store.

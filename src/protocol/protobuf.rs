@@ -34,6 +34,8 @@ mod kind {
 }
 /// Results carry versions.
 const WITH_VERSION: u32 = 1 << 8;
+/// The request has a condition, so a missing key is one that did not hold.
+const CONDITIONAL: u32 = 1 << 10;
 /// The reply is one result of several, without what stands before them.
 const IN_GROUP: u32 = 1 << 9;
 
@@ -388,7 +390,11 @@ impl<'a> Commands<'a> {
     fn finish(self, code: u32, text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
         match (self.first, self.all.is_empty()) {
             (None, _) => Err(invalid("no key".to_owned())),
-            (Some(command), true) => Ok(Decoded::Command(command, Shape { code, text })),
+            (Some(command), true) => {
+                let conditional = condition_of(&command) != Condition::Always;
+                let code = code | if conditional { CONDITIONAL } else { 0 };
+                Ok(Decoded::Command(command, Shape { code, text }))
+            }
             (Some(_), false) => Ok(self.together(code | IN_GROUP, text, env)),
         }
     }
@@ -724,7 +730,9 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         }
         Reply::Stored(version) => result.version = version.0,
         Reply::Deleted(_) | Reply::Touched | Reply::Counted(..) => {}
-        Reply::NotFound if shape.code & 0xff == kind::SET => result.code = Code::ConditionFailed,
+        Reply::NotFound if shape.code & 0xff == kind::SET || shape.code & CONDITIONAL != 0 => {
+            result.code = Code::ConditionFailed
+        }
         Reply::NotFound => result.code = Code::NotFound,
         Reply::NotStored | Reply::VersionMismatch | Reply::NotANumber => result.code = Code::ConditionFailed,
         Reply::OutOfMemory => result.code = Code::OutOfMemory,

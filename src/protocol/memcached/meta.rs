@@ -455,6 +455,11 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
     out.push(b"\r\n");
 }
 
+/// A hit shows the key as its writer gave it, unless another protocol wrote one that would end the line or a word of it.
+fn shows_encoded(item: &ItemView<'_>, key: &[u8]) -> bool {
+    item.key_encoded || key.iter().any(|byte| matches!(byte, b' ' | b'\r' | b'\n'))
+}
+
 fn push_item(out: &mut Rope, text: &[u8], with_value: bool, facts: &Facts<'_>, item: &ItemView<'_>) {
     if with_value {
         push_number(out, b"VA ", item.value.bytes().len() as u64);
@@ -463,8 +468,7 @@ fn push_item(out: &mut Rope, text: &[u8], with_value: bool, facts: &Facts<'_>, i
     }
     let facts = Facts {
         item: Some(item),
-        // A hit shows the key as its writer gave it.
-        binary: item.key_encoded,
+        binary: shows_encoded(item, facts.key),
         ..*facts
     };
     push_flags(out, text, &facts);
@@ -496,7 +500,7 @@ fn push_counted(out: &mut Rope, text: &[u8], with_value: bool, facts: &Facts<'_>
 
 fn push_debug(out: &mut Rope, facts: &Facts<'_>, item: &ItemView<'_>) {
     out.push(b"ME ");
-    push_key(out, item.key_encoded, facts.key);
+    push_key(out, shows_encoded(item, facts.key), facts.key);
     // memcached shows the time since the end, so that what is to come is negative.
     let expires = item
         .deadline
