@@ -178,7 +178,12 @@ impl Server {
             threads,
         };
         let backlog = config.limits.backlog.min(i32::MAX as u32) as i32;
-        match boot.finish(|| sockets.iter().try_for_each(|socket| socket.listen(backlog))) {
+        let listen = |socket: &Socket| {
+            socket.listen(backlog)?;
+            // The connections inherit it, so that the next server may have the port at once.
+            socket.set_reuse_address(true)
+        };
+        match boot.finish(|| sockets.iter().try_for_each(listen)) {
             Ok(loaded) => {
                 server.loaded = loaded;
                 Ok(server)
@@ -529,7 +534,9 @@ fn cannot_listen(option: &str, address: SocketAddr, error: &std::io::Error) -> S
 
 fn listener(address: SocketAddr, shared: bool) -> std::io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
+    // For a port that was used a moment ago. One that the system chooses must not be chosen for somebody else as well, which
+    // this would allow until one of the two listens.
+    socket.set_reuse_address(address.port() != 0)?;
     if shared {
         socket.set_reuse_port(true)?;
     }

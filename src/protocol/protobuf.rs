@@ -426,6 +426,12 @@ impl<'a> Commands<'a> {
     }
 }
 
+/// Protocols of lines show a key that is none as memcached's clients write it: in base64.
+#[inline]
+fn is_text(key: &[u8]) -> bool {
+    key.iter().all(|byte| *byte > b' ' && *byte != 0x7f) && (key.is_ascii() || std::str::from_utf8(key).is_ok())
+}
+
 fn condition_of(command: &Command<'_>) -> Condition {
     match &command.op {
         Op::Put(put) => put.condition,
@@ -542,6 +548,7 @@ fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a
         }
     }
     check_key(key, number, env)?;
+    put.key_encoded = !is_text(key);
     let length = put.value.bytes().len();
     if length > env.value_bytes_max {
         let most = env.value_bytes_max;

@@ -739,8 +739,6 @@ class Model:
         if all(held):
             return [operation for _, operation in conditional]
         want = [ABORTED if holds else CONDITION_FAILED for holds in held]
-        if len(conditional) == 1 and conditional[0][1].delete and conditional[0][1].delete not in self.items:
-            want = [NOT_FOUND]
         equal(results, want)
         results.clear()
         return []
