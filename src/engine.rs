@@ -196,13 +196,14 @@ impl Engine {
             }
         };
         self.internal = Some(id);
+        // Asked for like any client's, it waits like one where it must: for an earlier one, or for credit.
         if let Some(mut session) = self.take(id) {
-            if !self.flush(&mut session, id, &Shape::code(0), None) {
-                // An earlier one is under way, or credit is short: soon again.
-                session.blocked = Blocked::No;
-                self.flush_at = Some(self.now);
+            session.input.extend_from_slice(b"delete\n");
+            session.arrived_ns = self.now_ns;
+            if session.blocked == Blocked::No {
+                self.advance_input(&mut session, id, None);
             }
-            self.sessions[id as usize] = Some(session);
+            self.put_back(id, session);
         }
         self.settle();
     }
@@ -804,7 +805,8 @@ impl Engine {
                 if !self.flush(session, id, &shape, resumed) {
                     return Outcome::NotYet;
                 }
-                self.metrics.counters.flushes += 1;
+                // A delayed one was counted when it was asked for.
+                self.metrics.counters.flushes += u64::from(!session.internal);
             }
             Decoded::Broadcast(broadcast, shape) => {
                 // One at a time: a report is large, and all cores work for it.

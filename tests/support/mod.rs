@@ -52,25 +52,34 @@ pub struct World {
 /// The moment at which every world begins.
 pub const BEGAN_MS: u64 = 1_700_000_000_000;
 
+/// Of the hash that spreads keys.
+pub const TOKEN_SEED: u64 = 7;
+
+/// `cores` engines with the options of a command line, and the memory limit they share.
+pub fn engines(cores: u16, options: &[&str]) -> (Vec<Engine>, Arc<Pool>) {
+    let config = Config::parse_from(std::iter::once(&"memkv-tpc").chain(options));
+    let table = Arc::new(RangeTable::even(TOKEN_SEED, config.shards.unwrap_or(cores), cores));
+    let pool = Pool::new(config.limits.max_memory.map_or(1 << 30, |limit| limit.0));
+    let config = Arc::new(config);
+    let engine = |core| {
+        Engine::new(
+            CoreId(core),
+            table.clone(),
+            pool.clone(),
+            config.clone(),
+            UnixMillis(BEGAN_MS),
+        )
+    };
+    ((0..cores).map(engine).collect(), pool.clone())
+}
+
 impl World {
     /// `cores` cores with the options of a command line.
     pub fn new(cores: u16, options: &[&str]) -> Self {
-        let config = Config::parse_from(std::iter::once(&"memkv-tpc").chain(options));
-        let table = Arc::new(RangeTable::even(7, config.shards.unwrap_or(cores), cores));
-        let pool = Pool::new(config.limits.max_memory.map_or(1 << 30, |limit| limit.0));
-        let config = Arc::new(config);
-        let engine = |core| {
-            Engine::new(
-                CoreId(core),
-                table.clone(),
-                pool.clone(),
-                config.clone(),
-                UnixMillis(BEGAN_MS),
-            )
-        };
+        let (engines, pool) = engines(cores, options);
         Self {
-            engines: (0..cores).map(engine).collect(),
-            pool: pool.clone(),
+            engines,
+            pool,
             wires: HashMap::new(),
             now_ms: BEGAN_MS,
             send_bytes_max: usize::MAX,
@@ -92,8 +101,13 @@ impl World {
     }
 
     pub fn advance(&mut self, ms: u64) {
-        self.now_ms += ms;
+        self.pass(ms);
         self.settle();
+    }
+
+    /// Time passes. The cores see it in their next turn.
+    pub fn pass(&mut self, ms: u64) {
+        self.now_ms += ms;
     }
 
     /// The client sends bytes. Nothing happens until the next turn but their arrival.

@@ -1,0 +1,231 @@
+//! Many cores, a slow and narrow mesh, and clients with pipelines, all in one thread and repeated by a seed. Each seed's
+//! history is checked for strict serializability. `docs/testing.md` tells what is simulated and how to replay a seed.
+
+#![allow(
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test, which says what it found"
+)]
+
+#[path = "simulator/mod.rs"]
+mod simulator;
+mod support;
+
+use memkv::engine::Engine;
+use memkv::partition::RangeTable;
+use memkv::protocol::Protocol;
+use simulator::mutation::Mutation;
+use simulator::run::{Counted, Ran, Verdict, run};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use support::{TOKEN_SEED, World};
+
+/// Seeds that every `cargo test` runs.
+const SEEDS: u64 = 200;
+
+fn number_from(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable} is '{text}': it must be a number")),
+    )
+}
+
+fn replay(seed: u64) -> String {
+    format!("replay it: MEMKV_SIM_SEED={seed} cargo test --test simulator one_seed -- --nocapture")
+}
+
+/// What is wrong with a seed.
+fn complaint(ran: &Ran) -> Option<String> {
+    let story = &ran.story;
+    match &ran.verdict {
+        Verdict::Good => None,
+        Verdict::Stuck(what) => Some(format!("{story}  stuck: {what}")),
+        Verdict::NotSerializable(why) => Some(format!("{story}  {why}")),
+        Verdict::Left(what) => Some(format!("{story}  left over: {what}")),
+        Verdict::Undecided => Some(format!("{story}  the history is too tangled to be checked")),
+    }
+}
+
+/// Runs seeds on all CPUs, each by itself in one thread; the first complaints, in the order of their seeds.
+fn run_all(seeds: std::ops::Range<u64>) -> (Counted, Vec<(u64, String)>) {
+    let next = AtomicU64::new(seeds.start);
+    let found = Mutex::new((Counted::default(), vec![]));
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return;
+            }
+            let ran = catch_unwind(AssertUnwindSafe(|| run(seed, None)));
+            let mut found = found.lock().unwrap();
+            match ran {
+                Err(_) => found.1.push((seed, format!("seed {seed}: it panicked, see above"))),
+                Ok(ran) => {
+                    found.0.add(&ran.counted);
+                    found.1.extend(complaint(&ran).map(|text| (seed, text)));
+                }
+            }
+            if found.1.len() >= 5 {
+                return;
+            }
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(work);
+        }
+    });
+    let (counted, mut complaints) = found.into_inner().unwrap();
+    complaints.sort_unstable();
+    (counted, complaints)
+}
+
+/// As many seeds as `MEMKV_SIM_SEEDS` says, from `MEMKV_SIM_FIRST` on.
+#[test]
+fn many_seeds() {
+    let first = number_from("MEMKV_SIM_FIRST").unwrap_or(1);
+    let count = number_from("MEMKV_SIM_SEEDS").unwrap_or(SEEDS);
+    let (counted, complaints) = run_all(first..first + count);
+    for (name, number) in counted.fields() {
+        println!("{number:>12} {name}");
+    }
+    for (seed, text) in &complaints {
+        println!("\n{text}  {}", replay(*seed));
+    }
+    assert!(complaints.is_empty(), "{} seeds or more went wrong", complaints.len());
+    // A simulation that no longer meets what it is there for would be good for ever.
+    if count >= SEEDS {
+        for (name, number) in counted.fields() {
+            assert!(number > 0, "no seed had any {name}");
+        }
+    }
+}
+
+/// The seed that `MEMKV_SIM_SEED` names, with its history; and it runs the same way each time.
+#[test]
+fn one_seed() {
+    let seed = number_from("MEMKV_SIM_SEED").unwrap_or(1);
+    let ran = run(seed, None);
+    print!("{}", ran.story);
+    let mut history = ran.history.clone();
+    history.sort_by_key(|call| call.invoked);
+    history.iter().for_each(|call| println!("  {call}"));
+    let complaint = complaint(&ran);
+    assert!(complaint.is_none(), "{}", complaint.unwrap_or_default());
+    let again = run(seed, None);
+    assert_eq!(
+        format!("{:?}", ran.history),
+        format!("{:?}", again.history),
+        "it ran differently"
+    );
+}
+
+/// Seeds that found bugs, which are no more.
+#[test]
+fn seeds_that_found_bugs() {
+    for (seed, bug) in [
+        (8, "a transaction's read told a version that nobody asked for"),
+        (
+            368,
+            "a read overtook a write of the same connection and key that waited for a lock",
+        ),
+        (576, "the same"),
+        (
+            138,
+            "a delayed flush that another one replaced kept the credit that it had",
+        ),
+        (1799, "the same"),
+        (2440, "the same"),
+    ] {
+        let complaint = complaint(&run(seed, None));
+        assert!(complaint.is_none(), "{bug}: {}", complaint.unwrap_or_default());
+    }
+}
+
+/// A delayed flush that lacks credit when its time comes waits as a client does: it takes place, and keeps no credit.
+#[test]
+fn a_delayed_flush_waits_for_credit() {
+    let mut world = World::new(3, &["--mesh-requests-max", "1"]);
+    let [near, other, far] = [0, 0, 1].map(|core| world.connect(core, Protocol::Memcached));
+    assert_eq!(world.ask(near, b"flush_all 1\r\n"), b"OK\r\n");
+    let table = RangeTable::even(TOKEN_SEED, 3, 3);
+    let key_of = |core: u16| {
+        let keys = (0..).map(|number| format!("key{number}"));
+        let mut keys = keys.filter(|key| table.core_of(table.shard_of(table.place(key.as_bytes()).token)).0 == core);
+        keys.next().unwrap()
+    };
+    // The only credit to the last core is in use when the time comes.
+    world.send(near, format!("get {}\r\n", key_of(2)).as_bytes());
+    world.pass(1500);
+    world.send(other, b"mn\r\n");
+    // Another flush takes its place.
+    assert_eq!(world.ask(far, b"flush_all\r\n"), b"OK\r\n");
+    world.advance(1);
+    for core in [1, 2, 1] {
+        let asked = format!("get {}\r\n", key_of(core));
+        world.take(near);
+        assert_eq!(world.ask(near, asked.as_bytes()), b"END\r\n", "core {core}");
+    }
+    assert!(world.engines.iter().all(Engine::is_quiet));
+}
+
+/// Runs seeds with a bug in them until one is caught in the way that `caught` says. What else the bug does is no matter.
+fn catches(mutation: Mutation, caught: fn(&Verdict) -> bool) {
+    let mut otherwise = 0;
+    for seed in 1..=SEEDS {
+        let ran = run(seed, Some(mutation));
+        if caught(&ran.verdict) {
+            println!("{mutation:?}: caught with seed {seed}, {otherwise} seeds before it went wrong otherwise");
+            println!("{}", complaint(&ran).unwrap_or_default());
+            return;
+        }
+        otherwise += u64::from(!matches!(ran.verdict, Verdict::Good));
+    }
+    panic!("{mutation:?} was not caught with {SEEDS} seeds");
+}
+
+fn by_its_history(verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::NotSerializable(_))
+}
+
+fn by_silence(verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::Stuck(_))
+}
+
+/// What catches bugs finds none where none was made.
+#[test]
+fn catches_nothing_without_a_bug() {
+    for seed in 1..=SEEDS {
+        let complaint = complaint(&run(seed, Some(Mutation::Nothing)));
+        assert!(complaint.is_none(), "{}", complaint.unwrap_or_default());
+    }
+}
+
+#[test]
+fn catches_a_read_without_locks() {
+    catches(Mutation::ReadWithoutLocks, by_its_history);
+}
+
+#[test]
+fn catches_a_lock_released_early() {
+    catches(Mutation::UnlockEarly, by_its_history);
+}
+
+#[test]
+fn catches_a_lost_decision() {
+    catches(Mutation::DropDecision, by_silence);
+}
+
+#[test]
+fn catches_a_decision_that_is_only_said_to_be_carried_out() {
+    catches(Mutation::FeignDecision, by_its_history);
+}
+
+#[test]
+fn catches_requests_out_of_order() {
+    catches(Mutation::SwapRequests, by_its_history);
+}

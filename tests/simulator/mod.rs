@@ -1,0 +1,11 @@
+//! The parts of the simulator.
+
+pub mod checker;
+pub mod client;
+pub mod cluster;
+pub mod model;
+pub mod mutation;
+pub mod random;
+pub mod run;
+
+use super::support;
