@@ -181,7 +181,11 @@ fn requests_do_not_overtake_each_other() {
                 let answers = ask(&mut world, client, &pipeline.concat(), 0);
                 assert_eq!(results(&answers[2]), [found(b"1")]);
                 assert_eq!(results(&answers[3])[4], found(b"1"));
-                assert_eq!(results(&answers[5]), [found(b"2")], "core {core} of {cores}, key {number}");
+                assert_eq!(
+                    results(&answers[5]),
+                    [found(b"2")],
+                    "core {core} of {cores}, key {number}"
+                );
             }
         }
     }
