@@ -16,6 +16,7 @@ use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put
 use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, Shape, Step};
 use crate::session::{Blocked, Incoming, Session, Slot};
+use crate::sessions::Sessions;
 use crate::shards::Shards;
 use ahash::AHashMap;
 use bumpalo::Bump;
@@ -66,15 +67,12 @@ pub struct Engine {
     core_ports: Arc<[u16]>,
     request_bytes_max: usize,
     shards: Shards,
-    sessions: Vec<Option<Box<Session>>>,
-    free_sessions: Vec<u32>,
-    connections: u64,
+    sessions: Sessions,
     links: Vec<Link>,
     /// What this core counts.
     pub metrics: Metrics,
     prefixes: Option<Prefixes>,
     process: ProcessFacts,
-    attention: Vec<u32>,
     buffers: Vec<Vec<u8>>,
     #[expect(clippy::vec_box, reason = "batches travel between cores as boxes")]
     batches: Vec<Box<Batch>>,
@@ -129,13 +127,10 @@ impl Engine {
             table,
             core_ports: Arc::new([]),
             request_bytes_max: usize::try_from(config.limits.request_bytes_max()).unwrap_or(usize::MAX),
-            sessions: vec![],
-            free_sessions: vec![],
-            connections: 0,
+            sessions: Sessions::default(),
             metrics: Metrics::default(),
             prefixes: None,
             process: ProcessFacts::default(),
-            attention: vec![],
             buffers: vec![],
             batches: vec![],
             arena: Bump::new(),
@@ -192,18 +187,18 @@ impl Engine {
             None => {
                 let mut session = Session::new(Protocol::Text, "internal".to_owned(), self.now.0);
                 session.internal = true;
-                self.add_session(session)
+                self.sessions.add(session)
             }
         };
         self.internal = Some(id);
         // Asked for like any client's, it waits like one where it must: for an earlier one, or for credit.
-        if let Some(mut session) = self.take(id) {
+        if let Some(mut session) = self.sessions.take(id) {
             session.input.extend_from_slice(b"delete\n");
             session.arrived_ns = self.now_ns;
             if session.blocked == Blocked::No {
                 self.advance_input(&mut session, id, None);
             }
-            self.put_back(id, session);
+            self.sessions.put_back(id, session);
         }
         self.settle();
     }
@@ -216,8 +211,8 @@ impl Engine {
     fn check_timeouts(&mut self) {
         let idle_ms = self.config.limits.idle_timeout.as_millis() as u64;
         let write_ms = self.config.limits.write_timeout.as_millis() as u64;
-        for id in 0..self.sessions.len() {
-            let Some(session) = self.sessions[id].as_mut().filter(|session| !session.internal) else {
+        for id in self.sessions.ids() {
+            let Some(session) = self.sessions.get_mut(id).filter(|session| !session.internal) else {
                 continue;
             };
             let idle = idle_ms > 0
@@ -230,10 +225,10 @@ impl Engine {
             let transacts = session.open_txn.is_some();
             if (idle || stuck) && !session.close_told {
                 self.metrics.counters.connections_timed_out += 1;
-                self.failed(id as u32);
-            } else if transacts && let Some(mut session) = self.take(id as u32) {
+                self.failed(id);
+            } else if transacts && let Some(mut session) = self.sessions.take(id) {
                 self.doom_if_silent(&mut session);
-                self.sessions[id] = Some(session);
+                self.sessions.restore(id, session);
             }
         }
     }
@@ -288,98 +283,48 @@ impl Engine {
     /// A connection was accepted. The number names it until [`Engine::closed`].
     pub fn opened(&mut self, protocol: Protocol, peer: String) -> u32 {
         self.metrics.counters.connections_opened += 1;
-        self.connections += 1;
-        self.add_session(Session::new(protocol, peer, self.now.0))
-    }
-
-    fn add_session(&mut self, session: Session) -> u32 {
-        let session = Some(Box::new(session));
-        match self.free_sessions.pop() {
-            Some(id) => {
-                self.sessions[id as usize] = session;
-                id
-            }
-            None => {
-                self.sessions.push(session);
-                (self.sessions.len() - 1) as u32
-            }
-        }
+        self.sessions.add(Session::new(protocol, peer, self.now.0))
     }
 
     /// The connection's socket is closed and no operation on it is under way.
     pub fn closed(&mut self, id: u32) {
-        let Some(session) = &mut self.sessions[id as usize] else {
+        let Some(mut session) = self.sessions.take(id) else {
             return;
         };
         session.gone = true;
         session.closing = true;
-        session.socket_closed = true;
-        self.connections -= 1;
         if let Some(incoming) = session.incoming.take() {
             self.shards.budget.release(incoming.bytes);
         }
-        if let Some(open) = session.open_txn.take() {
-            self.shards.budget.release(open.bytes);
-        }
-        let credits = std::mem::take(&mut session.credits);
-        for (link, cost_bytes) in &credits {
-            self.links[usize::from(*link)].release_credit(*cost_bytes);
-            self.freed_links.push(*link);
-        }
+        self.drop_txn(&mut session);
+        self.give_credits_back(&mut session);
         if let Blocked::Credit(link) = std::mem::replace(&mut session.blocked, Blocked::Own) {
             self.links[usize::from(link)].stop_waiting(id);
         }
-        self.forget_if_done(id);
+        self.sessions.close(id, session);
         self.settle();
-    }
-
-    /// Frees the session when neither a socket nor a reply can name it any more.
-    fn forget_if_done(&mut self, id: u32) {
-        if let Some(session) = &self.sessions[id as usize]
-            && session.socket_closed
-            && session.in_flight() == 0
-            && !session.listed
-        {
-            self.sessions[id as usize] = None;
-            self.free_sessions.push(id);
-        }
     }
 
     /// Has the runtime look after a connection whose state it changed itself.
     pub fn needs_attention(&mut self, id: u32) {
-        if let Some(session) = self.take(id) {
-            self.put_back(id, session);
+        if let Some(session) = self.sessions.take(id) {
+            self.sessions.put_back(id, session);
         }
-    }
-
-    /// Takes a session out, so that it and the rest of the engine can be used side by side.
-    #[inline]
-    fn take(&mut self, id: u32) -> Option<Box<Session>> {
-        self.sessions.get_mut(id as usize)?.take()
-    }
-
-    #[inline]
-    fn put_back(&mut self, id: u32, mut session: Box<Session>) {
-        if session.internal {
-            session.output.filling.clear(0);
-        } else if !session.listed {
-            session.listed = true;
-            self.attention.push(id);
-        }
-        self.sessions[id as usize] = Some(session);
     }
 
     /// Bytes came.
     #[inline]
     pub fn received(&mut self, id: u32, bytes: &[u8]) {
         self.metrics.counters.bytes_received += bytes.len() as u64;
-        let Some(mut session) = self.take(id) else { return };
+        let Some(mut session) = self.sessions.take(id) else {
+            return;
+        };
         session.last_received_ms = self.now.0;
         if session.blocked == Blocked::No {
             session.arrived_ns = self.now_ns;
         }
         if session.closing || session.gone {
-            self.sessions[id as usize] = Some(session);
+            self.sessions.restore(id, session);
             return;
         }
         if session.input.is_empty() {
@@ -394,7 +339,7 @@ impl Engine {
             session.input.extend_from_slice(bytes);
             self.advance_input(&mut session, id, None);
         }
-        self.put_back(id, session);
+        self.sessions.put_back(id, session);
         self.settle();
     }
 
@@ -430,29 +375,35 @@ impl Engine {
 
     /// The client sends no more. What it sent is still answered.
     pub fn ended(&mut self, id: u32) {
-        let Some(mut session) = self.take(id) else { return };
+        let Some(mut session) = self.sessions.take(id) else {
+            return;
+        };
         session.ended = true;
         if session.blocked == Blocked::No {
             session.closing = true;
         }
-        self.put_back(id, session);
+        self.sessions.put_back(id, session);
     }
 
     /// The connection broke. Nothing more is sent.
     pub fn failed(&mut self, id: u32) {
-        let Some(mut session) = self.take(id) else { return };
+        let Some(mut session) = self.sessions.take(id) else {
+            return;
+        };
         session.closing = true;
         session.gone = true;
         // Bytes that a send is under way with must keep their place until it is done.
         session.output.filling.clear(0);
-        self.put_back(id, session);
+        self.sessions.put_back(id, session);
     }
 
     /// The socket took bytes of the connection's output.
     #[inline]
     pub fn sent(&mut self, id: u32, bytes: usize) {
         self.metrics.counters.bytes_sent += bytes as u64;
-        let Some(mut session) = self.take(id) else { return };
+        let Some(mut session) = self.sessions.take(id) else {
+            return;
+        };
         session.last_sent_ms = self.now.0;
         if let Some(buffer) = session.output.sent(bytes) {
             self.keep_buffer(buffer);
@@ -460,9 +411,9 @@ impl Engine {
         self.resume_own(&mut session, id);
         let more = !session.output.is_empty() || session.closing || session.paused;
         if more {
-            self.put_back(id, session);
+            self.sessions.put_back(id, session);
         } else {
-            self.sessions[id as usize] = Some(session);
+            self.sessions.restore(id, session);
         }
         self.settle();
     }
@@ -948,17 +899,7 @@ impl Engine {
     /// The next connection to look after.
     #[inline]
     pub fn attention(&mut self) -> Option<u32> {
-        loop {
-            let id = self.attention.pop()?;
-            if let Some(session) = &mut self.sessions[id as usize] {
-                session.listed = false;
-                if session.socket_closed {
-                    self.forget_if_done(id);
-                    continue;
-                }
-                return Some(id);
-            }
-        }
+        self.sessions.next_attention()
     }
 
     /// What the connection needs. Says "close" once.
@@ -969,7 +910,7 @@ impl Engine {
             close: false,
             read: false,
         };
-        let Some(session) = &mut self.sessions[id as usize] else {
+        let Some(session) = self.sessions.get_mut(id) else {
             return nothing;
         };
         if session.close_told {
@@ -994,7 +935,7 @@ impl Engine {
     /// what is answered meanwhile waits behind them.
     #[inline]
     pub fn unsent(&mut self, id: u32) -> impl Iterator<Item = &[u8]> {
-        let session = self.sessions[id as usize].as_mut();
+        let session = self.sessions.get_mut(id);
         session.into_iter().flat_map(|session| {
             session.output.start_sending();
             session.output.unsent()
@@ -1008,15 +949,14 @@ impl Engine {
 
     /// Open connections.
     pub fn connections(&self) -> u64 {
-        self.connections
+        self.sessions.connections()
     }
 
     /// True when no request is under way: nothing is owed to a client or to another core.
     pub fn is_quiet(&self) -> bool {
         self.sessions
             .iter()
-            .flatten()
-            .all(|session| session.output_bytes() == 0 && session.in_flight() == 0)
+            .all(|(_, session)| session.output_bytes() == 0 && session.in_flight() == 0)
             && self.links.iter().all(Link::is_quiet)
             && self.locks.is_empty()
             && self.parts.is_empty()
@@ -1024,10 +964,8 @@ impl Engine {
 
     /// Closes all connections when what they sent so far is answered.
     pub fn close_all(&mut self) {
-        for id in 0..self.sessions.len() as u32 {
-            if self.sessions[id as usize].is_some() {
-                self.ended(id);
-            }
+        for id in self.sessions.ids() {
+            self.ended(id);
         }
     }
 }

@@ -41,7 +41,7 @@
 //! | L0 | [`model`] [`partition`] [`encoding`] [`budget`] [`config`] [`metrics`] | words and values |
 //! | L1 | `store`, [`protocol`] | one shard's table; bytes to commands and replies to bytes |
 //! | L2 | `shard`, `shards` | what a command does; the shards of one core |
-//! | L3 | `session`, [`link`], [`engine`] | one connection, one neighbour, one core |
+//! | L3 | `gather`, `interactive`, `session`, `sessions`, [`link`], [`engine`] | one connection and what it waits for, one neighbour, one core |
 //! | L4 | [`runtime`] | threads, executors, sockets, files, clocks: the only place that waits |
 //! | L5 | [`client`], the binaries | the other end of a connection; command lines |
 //!
@@ -72,6 +72,7 @@ pub mod partition;
 pub mod protocol;
 pub mod runtime;
 pub(crate) mod session;
+pub(crate) mod sessions;
 pub(crate) mod shard;
 pub(crate) mod shards;
 pub(crate) mod store;

@@ -283,17 +283,38 @@ fn push_id(rope: &mut Rope, id: TxnId) {
     rope.push(&id.core.to_le_bytes());
 }
 
-/// Reads the id of a transaction.
-pub(crate) fn read_id(body: &mut Reader<'_>) -> TxnId {
+/// A transaction's part, or all of it, as the core reads it that takes part.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PartRecord<'a> {
+    pub(crate) id: TxnId,
+    pub(crate) scope: Scope,
+    /// The [`Member`]s.
+    pub(crate) members: Reader<'a>,
+}
+
+impl<'a> PartRecord<'a> {
+    /// What a [`Kind::Whole`] or [`Kind::Prepare`] says.
+    pub(crate) fn read(request: &Request<'a>) -> Self {
+        let mut body = request.body;
+        Self {
+            id: read_id(&mut body),
+            scope: Scope::from_number(body.u8()),
+            members: body,
+        }
+    }
+}
+
+/// What a [`Kind::Decide`] says.
+pub(crate) fn read_decision(request: &Request<'_>) -> (TxnId, Decision) {
+    let mut body = request.body;
+    (read_id(&mut body), Decision::from_number(body.u8()))
+}
+
+fn read_id(body: &mut Reader<'_>) -> TxnId {
     TxnId {
         clock: body.u64(),
         core: body.u16(),
     }
-}
-
-/// Reads the scope of a transaction.
-pub(crate) fn read_scope(body: &mut Reader<'_>) -> Scope {
-    Scope::from_number(body.u8())
 }
 
 /// What a command takes of a link's credit: its record, nearly, and its value.

@@ -282,7 +282,7 @@ pub fn encode_txn(protocol: Protocol, shape: &Shape<'_>, results: TxnResults, ou
 }
 
 /// The reply to this read begins with the version, for the transaction that reads.
-pub fn carries_version(shape: &Shape<'_>, protocol: Protocol) -> bool {
+pub fn carries_version(protocol: Protocol, shape: &Shape<'_>) -> bool {
     protocol == Protocol::JsonLine && json_line::carries_version(shape)
 }
 

@@ -211,6 +211,11 @@ impl Coordinator {
         self.participants.len() > 1
     }
 
+    /// It is about the whole store, not about keys.
+    pub(crate) fn empties_the_store(&self) -> bool {
+        self.scope == Scope::Store
+    }
+
     /// What the part of `core` costs of the credit of its link, in bytes.
     pub(crate) fn cost_bytes(&self, core: u16) -> u32 {
         let part = self.participants.iter().find(|participant| participant.core == core);

@@ -32,6 +32,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("gather", &["encoding", "metrics", "protocol", "txn"]),
     ("interactive", &["model"]),
     ("session", &["encoding", "gather", "interactive", "model", "protocol"]),
+    ("sessions", &["session"]),
     ("link", &["encoding", "locks", "model", "partition", "protocol", "txn"]),
     (
         "engine",
@@ -48,6 +49,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "partition",
             "protocol",
             "session",
+            "sessions",
             "shard",
             "shards",
             "txn",

@@ -56,6 +56,9 @@ fn one_branch_is_executed() {
         // Nothing to do when it fails.
         let answer = &ask(&txn(&absent, &puts, &[]))[0];
         assert!(!succeeded(answer) && answer.results.is_empty());
+        // Nothing to compare, and nothing to do when that succeeds.
+        let answer = &ask(&txn(&[], &[], &gets))[0];
+        assert!(succeeded(answer) && answer.results.is_empty());
         // Without a comparison: success. Operations see those before them.
         let mixed = [
             (Of::Get(keys[0].clone()), found(b"1")),

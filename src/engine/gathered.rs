@@ -226,19 +226,16 @@ impl Engine {
                 protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
             }
             Gathered::Txn(coordinator) => {
-                let mut results = coordinator.finish();
-                if session.open_txn.is_some()
-                    && results.end == TxnEnd::Success
-                    && protocol::carries_version(&shape, session.protocol)
-                {
-                    self.note_read(session, &shape, &mut results);
-                }
                 self.metrics.counters.txns += 1;
-                if results.commands == 0 && results.checks.is_empty() {
-                    // Emptying the store.
+                if coordinator.empties_the_store() {
                     let report = Report::Done;
                     protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
                 } else {
+                    let mut results = coordinator.finish();
+                    let reads = session.open_txn.is_some() && results.end == TxnEnd::Success;
+                    if reads && protocol::carries_version(session.protocol, &shape) {
+                        self.note_read(session, &shape, &mut results);
+                    }
                     protocol::encode_txn(session.protocol, &shape, results, &mut reply);
                 }
             }
@@ -269,7 +266,7 @@ impl Engine {
                 let mut metrics = self.metrics.snapshot(latencies);
                 let counters = &mut metrics.counters;
                 self.shards.count(counters);
-                counters.connections = self.connections;
+                counters.connections = self.sessions.connections();
                 counters.uptime_ns = self.now_ns - self.started_ns;
                 Report::Metrics(vec![(self.core, metrics)])
             }
@@ -278,10 +275,11 @@ impl Engine {
                 Report::Done
             }
             Broadcast::Connections => {
-                let facts = self.sessions.iter().enumerate().filter_map(|(id, session)| {
-                    let session = session.as_ref().filter(|session| !session.gone && !session.internal)?;
-                    Some(self.connection_facts(id as u32, session))
-                });
+                let shown = self
+                    .sessions
+                    .iter()
+                    .filter(|(_, session)| !session.gone && !session.internal);
+                let facts = shown.map(|(id, session)| self.connection_facts(id, session));
                 Report::Connections(facts.collect())
             }
             Broadcast::PrefixStats(on) => {

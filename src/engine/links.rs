@@ -92,7 +92,10 @@ impl Engine {
         while at < batch.rope.flat.len() {
             let (mut record, mut next) = ReplyRecord::read(&batch.rope.flat, at);
             let id = record.session;
-            let mut session = self.take(id).expect("a session stays until all its replies have come");
+            let mut session = self
+                .sessions
+                .take(id)
+                .expect("a session stays until all its replies have come");
             self.ready_output(&mut session);
             // Those of one pipeline stand side by side.
             loop {
@@ -112,13 +115,13 @@ impl Engine {
             if session.blocked == Blocked::Own && self.resumable.last() != Some(&id) {
                 self.resumable.push(id);
             }
-            self.put_back(id, session);
+            self.sessions.put_back(id, session);
         }
         self.recycle(batch);
         while let Some(id) = self.resumable.pop() {
-            if let Some(mut session) = self.take(id) {
+            if let Some(mut session) = self.sessions.take(id) {
                 self.resume_own(&mut session, id);
-                self.put_back(id, session);
+                self.sessions.put_back(id, session);
             }
         }
         self.resume_waiters(from.0);
@@ -158,11 +161,13 @@ impl Engine {
             let Some(id) = self.links[usize::from(link)].next_waiter() else {
                 break;
             };
-            let Some(mut session) = self.take(id) else { continue };
+            let Some(mut session) = self.sessions.take(id) else {
+                continue;
+            };
             session.blocked = Blocked::No;
             self.advance_input(&mut session, id, Some(link));
             let still_waits = session.blocked == Blocked::Credit(link);
-            self.put_back(id, session);
+            self.sessions.put_back(id, session);
             if still_waits {
                 break;
             }

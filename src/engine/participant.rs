@@ -3,7 +3,7 @@
 
 use super::{Engine, Target, WINDOW};
 use crate::encoding::{Reader, Rope, read_command, reads_large};
-use crate::link::{Kind, Member, Request, read_id, read_scope};
+use crate::link::{Kind, Member, PartRecord, Request, read_decision};
 use crate::locks::{Entered, Mode, Target as Lock, TxnId};
 use crate::model::{Command, Reply};
 use crate::shard::Price;
@@ -67,16 +67,15 @@ fn members<'a>(
     })
 }
 
-fn large_values(record: &Rope) -> impl Iterator<Item = &Bytes> {
-    record.splices.iter().map(|splice| &splice.bytes)
+fn large_values(record: &Rope) -> Vec<Bytes> {
+    record.splices.iter().map(|splice| splice.bytes.clone()).collect()
 }
 
 impl Engine {
     /// Serves a part of a transaction, or all of one that needs no other core.
     pub(super) fn serve_part(&mut self, link: usize, request: &Request<'_>, large: &mut Rope) {
-        let mut body = request.body;
-        let (id, scope) = (read_id(&mut body), read_scope(&mut body));
-        let splices = members_large(body);
+        let PartRecord { id, scope, members } = PartRecord::read(request);
+        let splices = members_large(members);
         if request.kind == Kind::Whole && self.locks.is_empty() {
             let values: Vec<Bytes> = (0..splices)
                 .filter_map(|_| large.take_splice())
@@ -87,8 +86,7 @@ impl Engine {
         }
         let parked = park(link, request.record, splices, large);
         if request.kind == Kind::Whole {
-            let wants = wants(body, scope);
-            self.wait_for_locks(wants, parked);
+            self.wait_for_locks(wants(members, scope), parked);
             return;
         }
         let part = Part {
@@ -153,7 +151,7 @@ impl Engine {
                     let command = read_command(&mut { request.body }, value.as_ref());
                     self.answer_command(parked.link, &request, &command);
                 } else {
-                    let values: Vec<Bytes> = large_values(&parked.record).cloned().collect();
+                    let values = large_values(&parked.record);
                     self.execute_whole(parked.link, &request, &values);
                 }
                 self.locks.leave(ticket);
@@ -163,15 +161,14 @@ impl Engine {
 
     /// Executes a transaction that needs no other core.
     fn execute_whole(&mut self, link: usize, request: &Request<'_>, large: &[Bytes]) {
-        let mut body = request.body;
-        let (_, scope) = (read_id(&mut body), read_scope(&mut body));
-        let checks = self.check(body, large);
+        let record = PartRecord::read(request);
+        let checks = self.check(record.members, large);
         let role = if checks.iter().all(|held| *held) {
             Role::Success
         } else {
             Role::Failure
         };
-        let price = self.price(body, large, role);
+        let price = self.price(record.members, large, role);
         let vote = match self.afford(price) {
             Vote::Prepared => Vote::Done,
             refusal => refusal,
@@ -179,7 +176,7 @@ impl Engine {
         let start = self.links[link].begin_reply(request.to);
         push_vote(&mut self.links[link].replies().flat, vote, price.read_bytes, &checks);
         if vote == Vote::Done {
-            self.execute_members(link, request, body, large, scope, role, price.charged_bytes);
+            self.execute_members(link, request, &record, large, role, price.charged_bytes);
         }
         self.links[link].finish_reply(start);
     }
@@ -203,10 +200,8 @@ impl Engine {
     fn prepare(&mut self, id: TxnId) {
         let Some(part) = self.parts.get_mut(&id) else { return };
         let request = Request::read(&mut Reader(&part.parked.record.flat));
-        let mut body = request.body;
-        read_id(&mut body);
-        let scope = read_scope(&mut body);
-        match self.locks.enter(Some(id), wants(body, scope)) {
+        let record = PartRecord::read(&request);
+        match self.locks.enter(Some(id), wants(record.members, record.scope)) {
             Entered::Granted(ticket) => {
                 part.ticket = Some(ticket);
                 self.holders.insert(ticket, Holder::Part(id));
@@ -229,13 +224,11 @@ impl Engine {
     fn vote(&mut self, id: TxnId) {
         let Some(mut part) = self.parts.remove(&id) else { return };
         let request = Request::read(&mut Reader(&part.parked.record.flat));
-        let mut body = request.body;
-        read_id(&mut body);
-        let scope = read_scope(&mut body);
-        let values: Vec<Bytes> = large_values(&part.parked.record).cloned().collect();
-        let checks = self.check(body, &values);
+        let record = PartRecord::read(&request);
+        let values = large_values(&part.parked.record);
+        let checks = self.check(record.members, &values);
         // Which of the two will be executed is not known here.
-        let prices = [Role::Success, Role::Failure].map(|role| self.price(body, &values, role));
+        let prices = [Role::Success, Role::Failure].map(|role| self.price(record.members, &values, role));
         let price = Price {
             charged_bytes: prices[0].charged_bytes.max(prices[1].charged_bytes),
             read_bytes: prices[0].read_bytes.max(prices[1].read_bytes),
@@ -247,8 +240,8 @@ impl Engine {
         let link = part.parked.link;
         let start = self.links[link].begin_reply(request.to);
         push_vote(&mut self.links[link].replies().flat, vote, price.read_bytes, &checks);
-        if scope == Scope::Reads && vote == Vote::Prepared {
-            self.execute_members(link, &request, body, &values, scope, Role::Success, 0);
+        if record.scope == Scope::Reads && vote == Vote::Prepared {
+            self.execute_members(link, &request, &record, &values, Role::Success, 0);
         }
         self.links[link].finish_reply(start);
         self.parts.insert(id, part);
@@ -256,29 +249,24 @@ impl Engine {
 
     /// Does with a part what its coordinator decided.
     pub(super) fn decide(&mut self, link: usize, request: &Request<'_>) {
-        let mut body = request.body;
-        let id = read_id(&mut body);
-        let decision = Decision::from_number(body.u8());
+        let (id, decision) = read_decision(request);
         let Some(mut part) = self.parts.remove(&id) else { return };
         let ticket = part.ticket.take();
-        match decision {
-            Decision::Again | Decision::Release => self.shards.budget.release(part.reserved),
-            Decision::Success | Decision::Failure => {
-                let role = if decision == Decision::Success {
-                    Role::Success
-                } else {
-                    Role::Failure
-                };
-                let values: Vec<Bytes> = large_values(&part.parked.record).cloned().collect();
-                let prepared = Request::read(&mut Reader(&part.parked.record.flat));
-                let mut body = prepared.body;
-                read_id(&mut body);
-                let scope = read_scope(&mut body);
-                let start = self.links[link].begin_reply(request.to);
-                push_vote(&mut self.links[link].replies().flat, Vote::Done, 0, &[]);
-                self.execute_members(link, &prepared, body, &values, scope, role, part.reserved);
-                self.links[link].finish_reply(start);
-            }
+        let executed = match decision {
+            Decision::Again | Decision::Release => None,
+            Decision::Success => Some(Role::Success),
+            Decision::Failure => Some(Role::Failure),
+        };
+        if let Some(role) = executed {
+            let values = large_values(&part.parked.record);
+            let prepared = Request::read(&mut Reader(&part.parked.record.flat));
+            let record = PartRecord::read(&prepared);
+            let start = self.links[link].begin_reply(request.to);
+            push_vote(&mut self.links[link].replies().flat, Vote::Done, 0, &[]);
+            self.execute_members(link, &prepared, &record, &values, role, part.reserved);
+            self.links[link].finish_reply(start);
+        } else {
+            self.shards.budget.release(part.reserved);
         }
         part.reserved = 0;
         if let Some(ticket) = ticket {
@@ -314,18 +302,16 @@ impl Engine {
     }
 
     /// Executes the commands of one role, for which `reserved` bytes were set aside, and adds their results to the reply.
-    #[expect(clippy::too_many_arguments, reason = "a part, taken apart")]
     fn execute_members(
         &mut self,
         link: usize,
         request: &Request<'_>,
-        body: Reader<'_>,
+        record: &PartRecord<'_>,
         large: &[Bytes],
-        scope: Scope,
         role: Role,
         reserved: usize,
     ) {
-        if scope == Scope::Store {
+        if record.scope == Scope::Store {
             self.flush_at = None;
             self.shards.flush(self.now, &mut self.metrics.counters);
             return;
@@ -333,7 +319,7 @@ impl Engine {
         self.shards.budget.use_reserved(reserved);
         self.shards.budget.set_unlimited(true);
         let mut window = arrayvec::ArrayVec::<(Member<'_>, Command<'_>), WINDOW>::new();
-        let mut members = members(body, large)
+        let mut members = members(record.members, large)
             .filter(|(member, _)| member.role == role)
             .peekable();
         while members.peek().is_some() {
@@ -365,12 +351,11 @@ fn members_large(mut body: Reader<'_>) -> usize {
 }
 
 /// What the members of a part want to lock.
-fn wants(body: Reader<'_>, scope: Scope) -> Vec<(Lock, Mode)> {
+fn wants(mut body: Reader<'_>, scope: Scope) -> Vec<(Lock, Mode)> {
     if scope == Scope::Store {
         return vec![(Lock::Store, Mode::Exclusive)];
     }
     let mut wants = vec![];
-    let mut body = body;
     let nothing = Bytes::new();
     while !body.0.is_empty() {
         let member = Member::read(&mut body);

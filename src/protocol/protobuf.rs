@@ -35,9 +35,9 @@ mod kind {
 /// Results carry versions.
 const WITH_VERSION: u32 = 1 << 8;
 /// The request has a condition, so a missing key is one that did not hold.
-const CONDITIONAL: u32 = 1 << 10;
+const CONDITIONAL: u32 = 1 << 9;
 /// The reply is one result of several, without what stands before them.
-const IN_GROUP: u32 = 1 << 9;
+const IN_GROUP: u32 = 1 << 10;
 
 /// The most bytes that the length of a message takes, and that its id field takes.
 const LENGTH_BYTES_MAX: usize = 5;
@@ -776,23 +776,13 @@ pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope)
     let of_keys = shape.code & 0xff != kind::TXN;
     match end {
         TxnEnd::TooLarge => {
-            let response = Response {
-                code: Code::TooLarge.into(),
-                message: "the values are too large for one response".to_owned(),
-                ..Response::default()
-            };
-            return push_response(shape, response, out);
+            return push_refusal(shape, Code::TooLarge, "the values are too large for one response", out);
         }
         TxnEnd::OutOfMemory if of_keys => {
             replies = (0..commands).map(|_| only(Code::OutOfMemory)).collect();
         }
         TxnEnd::OutOfMemory => {
-            let response = Response {
-                code: Code::OutOfMemory.into(),
-                message: "the server's memory limit is reached".to_owned(),
-                ..Response::default()
-            };
-            return push_response(shape, response, out);
+            return push_refusal(shape, Code::OutOfMemory, "the server's memory limit is reached", out);
         }
         TxnEnd::Failure if of_keys => {
             let code = |held: bool| if held { Code::Aborted } else { Code::ConditionFailed };
@@ -878,6 +868,15 @@ fn push_response(shape: &Shape<'_>, response: Response, out: &mut Rope) {
         ..response
     };
     out.push(&response.encode_length_delimited_to_vec());
+}
+
+fn push_refusal(shape: &Shape<'_>, code: Code, message: &str, out: &mut Rope) {
+    let response = Response {
+        code: code.into(),
+        message: message.to_owned(),
+        ..Response::default()
+    };
+    push_response(shape, response, out);
 }
 
 /// Encodes the reply to a broadcast.
