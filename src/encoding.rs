@@ -4,8 +4,8 @@
 //! core writes, another core of the same build reads.
 
 use crate::model::{
-    Broadcast, Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, NewVersion, Op, Put, Removal,
-    UnixMillis, Value, Version,
+    Broadcast, Check, Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, NewVersion, Op, Put,
+    Removal, UnixMillis, Value, Version,
 };
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -116,6 +116,14 @@ impl Rope {
         let (flat, splices) = (other.flat.len(), other.splices.len());
         self.append_from(other, 0, flat, splices);
         other.clear(usize::MAX);
+    }
+
+    /// Drops what lies behind the first `flat_len` flat bytes.
+    pub fn truncate(&mut self, flat_len: usize) {
+        self.flat.truncate(flat_len);
+        while self.splices.back().is_some_and(|splice| splice.at >= flat_len) {
+            self.spliced_bytes -= self.splices.pop_back().map_or(0, |splice| splice.bytes.len());
+        }
     }
 
     /// Everything as one vector, for tests and cold paths.
@@ -281,7 +289,6 @@ const TOUCH: u8 = 7;
 const INSPECT: u8 = 8;
 const PUT_LARGE: u8 = 9;
 const PUT_GENERAL_LARGE: u8 = 10;
-const CHECK: u8 = 11;
 
 /// Appends `command`; a large value goes to the rope's splices.
 #[inline]
@@ -368,11 +375,29 @@ pub fn push_command(out: &mut Rope, command: &Command<'_>) {
             push_deadline(flat, *deadline);
         }
         Op::Inspect => head(INSPECT),
-        Op::Check(condition) => {
-            head(CHECK);
-            push_condition(flat, *condition);
-        }
     }
+}
+
+/// Appends `check`.
+pub fn push_check(out: &mut Vec<u8>, check: &Check<'_>) {
+    out.extend_from_slice(&(check.key.len() as u16).to_le_bytes());
+    out.extend_from_slice(check.key);
+    push_condition(out, check.condition);
+}
+
+/// Reads what [`push_check`] wrote.
+pub fn read_check<'a>(reader: &mut Reader<'a>) -> Check<'a> {
+    let key_len = usize::from(reader.u16());
+    Check {
+        key: reader.bytes(key_len),
+        condition: reader.condition(),
+    }
+}
+
+/// True when the command that `reader` stands at changes nothing: [`Command::only_reads`] without reading all of it.
+#[inline]
+pub fn only_reads(reader: &Reader<'_>) -> bool {
+    matches!(reader.0[0], GET | GET_VERSION | INSPECT)
 }
 
 /// True when the command that `reader` stands at has its value among the splices.
@@ -448,7 +473,6 @@ pub fn read_command<'a>(reader: &mut Reader<'a>, large: Option<&'a Bytes>) -> Co
             version: reader.new_version(),
         }),
         TOUCH => Op::Touch(reader.deadline()),
-        CHECK => Op::Check(reader.condition()),
         _ => Op::Inspect,
     };
     Command { key, op }
@@ -536,7 +560,6 @@ mod tests {
             }),
             Op::Touch(at),
             Op::Inspect,
-            Op::Check(Condition::VersionIs(Version(6))),
         ];
         for combine in [Combine::Append, Combine::Prepend] {
             ops.push(Op::Put(Put { combine, ..put }));

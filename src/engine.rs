@@ -82,6 +82,8 @@ pub struct Engine {
     started_ns: u64,
     ticked_ms: u64,
     timeouts_checked_ms: u64,
+    /// There may be something to do for [`Engine::settle`].
+    unsettled: bool,
     /// Links of which a transaction has given credit back.
     freed_links: Vec<u16>,
     /// Sessions that answers may let go on, to be looked at once per batch.
@@ -90,7 +92,7 @@ pub struct Engine {
     /// Who may touch which key while transactions are under way.
     locks: Locks,
     /// By ticket of the lock table.
-    holders: AHashMap<u32, participant::Holder>,
+    waiters: AHashMap<u32, participant::Waiter>,
     /// Parts of transactions on this core that are not decided.
     parts: AHashMap<TxnId, participant::Part>,
     /// The clock of this core's last transaction.
@@ -140,11 +142,12 @@ impl Engine {
             started_ns: 0,
             ticked_ms: now.0,
             timeouts_checked_ms: now.0,
+            unsettled: false,
             freed_links: vec![],
             resumable: vec![],
             stop_asked: false,
             locks: Locks::default(),
-            holders: AHashMap::new(),
+            waiters: AHashMap::new(),
             parts: AHashMap::new(),
             last_txn: 0,
             flush_at: None,
@@ -187,12 +190,16 @@ impl Engine {
             None => {
                 let mut session = Session::new(Protocol::Text, "internal".to_owned(), self.now.0);
                 session.internal = true;
+                // There is nothing for the runtime to do about it.
+                session.listed = true;
                 self.sessions.add(session)
             }
         };
         self.internal = Some(id);
         // Asked for like any client's, it waits like one where it must: for an earlier one, or for credit.
         if let Some(mut session) = self.sessions.take(id) {
+            // Nobody reads what it was answered.
+            session.output.filling.clear(0);
             session.input.extend_from_slice(b"delete\n");
             session.arrived_ns = self.now_ns;
             if session.blocked == Blocked::No {
@@ -346,13 +353,7 @@ impl Engine {
     /// Serves what this core has for itself, and requests that have got their locks, until nothing of either is left.
     #[inline]
     fn settle(&mut self) {
-        let own = usize::from(self.core.0);
-        let link = &self.links[own];
-        if link.has_outgoing(Direction::Requests)
-            || link.has_outgoing(Direction::Replies)
-            || !self.locks.is_empty()
-            || !self.freed_links.is_empty()
-        {
+        if self.unsettled {
             self.settle_all();
         }
     }
@@ -368,6 +369,7 @@ impl Engine {
             } else if let Some(link) = self.freed_links.pop() {
                 self.resume_waiters(link);
             } else {
+                self.unsettled = false;
                 return;
             }
         }
@@ -619,6 +621,7 @@ impl Engine {
     /// Gives back credit that the session has for a request it does not begin now.
     #[cold]
     fn give_credits_back(&mut self, session: &mut Session) {
+        self.unsettled |= !session.credits.is_empty();
         for (link, cost_bytes) in session.credits.drain(..) {
             self.links[usize::from(link)].release_credit(cost_bytes);
             self.freed_links.push(link);
@@ -667,6 +670,7 @@ impl Engine {
                 protocol: session.protocol,
             };
             self.links[usize::from(self.core.0)].push_command(to, request.place, shard, shape, command);
+            self.unsettled = true;
             return;
         }
         let (protocol, hash, arrived_ns) = (session.protocol, request.place.hash, session.arrived_ns);
@@ -956,7 +960,7 @@ impl Engine {
     pub fn is_quiet(&self) -> bool {
         self.sessions
             .iter()
-            .all(|(_, session)| session.output_bytes() == 0 && session.in_flight() == 0)
+            .all(|(_, session)| (session.output_bytes() == 0 || session.internal) && session.in_flight() == 0)
             && self.links.iter().all(Link::is_quiet)
             && self.locks.is_empty()
             && self.parts.is_empty()

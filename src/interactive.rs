@@ -1,6 +1,6 @@
 //! A transaction that a connection builds up command by command: its writes are kept here until it is committed.
 
-use crate::model::{Command, Condition, Delete, Op, Put, Value, Version};
+use crate::model::{Check, Command, Condition, Delete, Op, Put, Value, Version};
 use ahash::AHashMap;
 
 /// See the module's text.
@@ -60,10 +60,10 @@ impl OpenTxn {
     }
 
     /// The commands that it is made of: checks, and writes.
-    pub(crate) fn commands(&self) -> (Vec<Command<'_>>, Vec<Command<'_>>) {
-        let checks = self.reads.iter().map(|(key, condition)| Command {
+    pub(crate) fn commands(&self) -> (Vec<Check<'_>>, Vec<Command<'_>>) {
+        let checks = self.reads.iter().map(|(key, condition)| Check {
             key,
-            op: Op::Check(*condition),
+            condition: *condition,
         });
         let writes = self.writes.iter().map(|(key, value)| Command {
             key,

@@ -6,16 +6,20 @@
 //! request   0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
 //!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command, the broadcast,
 //!          or a part of a transaction:  0 clock u64   8 coordinator u16   10 scope u8, or what is decided,
-//!          and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16   15 command
+//!          and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16
+//!                                       15 what is checked, or the command
 //! reply     0 session u32   4 number u32   8 length u32   12 large values u16   14 unused u16   16 what to send
 //! ```
 
-use crate::encoding::{Reader, Rope, push_broadcast, push_command};
+use crate::encoding::{
+    Reader, Rope, only_reads, push_broadcast, push_check, push_command, read_check, read_command, reads_large,
+};
 use crate::locks::TxnId;
-use crate::model::{Broadcast, Command, Op};
+use crate::model::{Broadcast, Check, Command, Op};
 use crate::partition::Place;
 use crate::protocol::{Protocol, Shape};
 use crate::txn::{Decision, Role, Scope};
+use bytes::Bytes;
 use std::collections::VecDeque;
 
 /// What travels between two cores in one turn: records without a gap, and the large values they refer to.
@@ -177,15 +181,20 @@ impl Link {
         start
     }
 
-    /// Adds a command to the part that was begun last.
+    /// Adds what one key is asked for to the part that was begun last.
     #[inline]
-    pub(crate) fn push_member(&mut self, role: Role, hash: u64, shard: u16, command: &Command<'_>) {
+    pub(crate) fn push_member(&mut self, hash: u64, shard: u16, wish: &Wish<'_>) {
         let rope = &mut self.requests.rope;
         let start = rope.flat.len();
-        rope.push(&[0, 0, 0, 0, role as u8]);
-        rope.push(&hash.to_le_bytes());
-        rope.push(&shard.to_le_bytes());
-        push_command(rope, command);
+        let mut header = [0; MEMBER_HEADER_BYTES];
+        header[4] = wish.role() as u8;
+        header[5..13].copy_from_slice(&hash.to_le_bytes());
+        header[13..].copy_from_slice(&shard.to_le_bytes());
+        rope.push(&header);
+        match wish {
+            Wish::Check(check) => push_check(&mut rope.flat, check),
+            Wish::Execute(_, command) => push_command(rope, command),
+        }
         let length = (rope.flat.len() - start - 4) as u32;
         rope.flat[start..start + 4].copy_from_slice(&length.to_le_bytes());
     }
@@ -255,6 +264,7 @@ pub(crate) struct ReplyStart {
 }
 
 const REQUEST_HEADER_BYTES: usize = 32;
+const MEMBER_HEADER_BYTES: usize = 15;
 const REPLY_HEADER_BYTES: usize = 16;
 const RETURN_BYTES: usize = 8;
 const COMMAND: u8 = 0;
@@ -401,13 +411,38 @@ impl<'a> Request<'a> {
     }
 }
 
-/// One command of a transaction's part.
+/// What a transaction asks of one key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wish<'a> {
+    Check(&'a Check<'a>),
+    /// With its role, which is not [`Role::Check`].
+    Execute(Role, &'a Command<'a>),
+}
+
+impl Wish<'_> {
+    pub(crate) fn role(&self) -> Role {
+        match self {
+            Wish::Check(_) => Role::Check,
+            Wish::Execute(role, _) => *role,
+        }
+    }
+
+    /// What it takes of a link's credit: its record, nearly, and its value.
+    pub(crate) fn cost_bytes(&self) -> u32 {
+        match self {
+            Wish::Check(check) => (2 * REQUEST_HEADER_BYTES + check.key.len()) as u32,
+            Wish::Execute(_, command) => cost_bytes(command, &Shape::code(0)),
+        }
+    }
+}
+
+/// The same as the core reads it that owns the key.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Member<'a> {
     pub(crate) role: Role,
     pub(crate) hash: u64,
     pub(crate) shard: u16,
-    pub(crate) command: Reader<'a>,
+    body: Reader<'a>,
 }
 
 impl<'a> Member<'a> {
@@ -415,13 +450,36 @@ impl<'a> Member<'a> {
     #[inline]
     pub(crate) fn read(members: &mut Reader<'a>) -> Self {
         let length = members.u32() as usize;
-        let mut command = Reader(members.bytes(length));
+        let mut body = Reader(members.bytes(length));
         Self {
-            role: Role::from_number(command.u8()),
-            hash: command.u64(),
-            shard: command.u16(),
-            command,
+            role: Role::from_number(body.u8()),
+            hash: body.u64(),
+            shard: body.u16(),
+            body,
         }
+    }
+
+    /// It changes nothing.
+    #[inline]
+    pub(crate) fn only_reads(&self) -> bool {
+        self.role == Role::Check || only_reads(&self.body)
+    }
+
+    /// Its value is among the large ones of the record.
+    #[inline]
+    pub(crate) fn reads_large(&self) -> bool {
+        self.role != Role::Check && reads_large(&self.body)
+    }
+
+    /// What is checked, of a member of that role.
+    pub(crate) fn check(mut self) -> Check<'a> {
+        read_check(&mut self.body)
+    }
+
+    /// What is executed, of a member of another role; `large` is its value when that is a large one.
+    #[inline]
+    pub(crate) fn command(mut self, large: Option<&'a Bytes>) -> Command<'a> {
+        read_command(&mut self.body, large)
     }
 }
 

@@ -12,7 +12,9 @@
 //! wait, so they wait for anybody; what stands behind them inherits whom they wait for.
 
 use ahash::AHashMap;
+use smallvec::SmallVec;
 use std::collections::VecDeque;
+use std::collections::hash_map::Entry as Place;
 
 /// Orders transactions by age: when it began, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -66,7 +68,8 @@ struct Entry {
 
 #[derive(Debug, Default)]
 struct Queue {
-    entries: VecDeque<Entry>,
+    /// Nearly always one.
+    entries: SmallVec<[Entry; 2]>,
     /// How many of them are exclusive.
     exclusive: u32,
 }
@@ -149,7 +152,7 @@ impl Locks {
                 Mode::Exclusive => queue.entries.is_empty(),
             };
             queue.exclusive += u32::from(*mode == Mode::Exclusive);
-            queue.entries.push_back(Entry {
+            queue.entries.push(Entry {
                 ticket,
                 mode: *mode,
                 granted,
@@ -176,15 +179,16 @@ impl Locks {
         self.free.push(ticket);
         self.granted.retain(|granted| *granted != ticket);
         for (target, mode) in left.wants {
-            let Some(queue) = self.queues.get_mut(&target) else {
+            let Place::Occupied(mut place) = self.queues.entry(target) else {
                 continue;
             };
-            queue.entries.retain(|entry| entry.ticket != ticket);
-            queue.exclusive -= u32::from(mode == Mode::Exclusive);
-            if queue.entries.is_empty() {
-                self.queues.remove(&target);
+            let queue = place.get_mut();
+            if queue.entries.len() == 1 {
+                place.remove();
                 continue;
             }
+            queue.entries.retain(|entry| entry.ticket != ticket);
+            queue.exclusive -= u32::from(mode == Mode::Exclusive);
             for at in 0..queue.entries.len() {
                 let entry = &mut queue.entries[at];
                 if entry.mode == Mode::Exclusive && at > 0 {

@@ -242,8 +242,6 @@ pub enum Op<'a> {
     Touch(Deadline),
     /// Read the item's bookkeeping without any effect on it.
     Inspect,
-    /// Find out whether a condition holds.
-    Check(Condition),
 }
 
 /// The classes that latency is recorded by.
@@ -285,7 +283,7 @@ impl Op<'_> {
     /// The class that this operation's latency counts to.
     pub fn class(&self) -> Class {
         match self {
-            Op::Get { .. } | Op::Inspect | Op::Check(_) => Class::Get,
+            Op::Get { .. } | Op::Inspect => Class::Get,
             Op::Put(_) => Class::Set,
             Op::Delete(_) => Class::Delete,
             Op::Increment(_) => Class::Count,
@@ -306,16 +304,25 @@ pub struct Command<'a> {
 impl Command<'_> {
     /// It changes nothing that another command could see.
     pub fn only_reads(&self) -> bool {
-        matches!(self.op, Op::Get { effects: None, .. } | Op::Inspect | Op::Check(_))
+        matches!(self.op, Op::Get { effects: None, .. } | Op::Inspect)
     }
+}
+
+/// What must hold of a key.
+#[derive(Clone, Copy, Debug)]
+pub struct Check<'a> {
+    /// 1 to `key_bytes_max` bytes.
+    pub key: &'a [u8],
+    /// It holds, or it does not.
+    pub condition: Condition,
 }
 
 /// Commands that are executed together, at one instant: what stands for success when all checks hold, else what stands for
 /// failure. What is executed is read, written without a condition, or deleted.
 #[derive(Clone, Copy, Debug)]
 pub struct Transaction<'a> {
-    /// Of [`Op::Check`].
-    pub checks: &'a [Command<'a>],
+    /// What decides.
+    pub checks: &'a [Check<'a>],
     /// Executed when all checks hold.
     pub success: &'a [Command<'a>],
     /// Executed when one does not.
@@ -409,6 +416,4 @@ pub enum Reply<'a> {
     OutOfMemory,
     /// Appending would make a value over the limit.
     TooLarge,
-    /// Whether the condition of a check holds.
-    Checked(bool),
 }

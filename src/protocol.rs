@@ -266,8 +266,8 @@ pub struct TxnResults {
     pub end: TxnEnd,
     /// Whether its checks held, in their order.
     pub checks: Vec<bool>,
-    /// The replies to what was executed, in order, as [`encode`] wrote them.
-    pub replies: Vec<Rope>,
+    /// The replies to what was executed, in order and one behind the other, as [`encode`] wrote them.
+    pub replies: Rope,
     /// How many commands there were for success.
     pub commands: usize,
 }

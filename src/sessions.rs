@@ -38,10 +38,7 @@ impl Sessions {
     /// Puts back what was taken out, and has the runtime look after it.
     #[inline]
     pub(crate) fn put_back(&mut self, id: u32, mut session: Box<Session>) {
-        if session.internal {
-            // Nobody reads its replies.
-            session.output.filling.clear(0);
-        } else if !session.listed {
+        if !session.listed {
             session.listed = true;
             self.attention.push(id);
         }

@@ -6,8 +6,8 @@
 use crate::budget::Budget;
 use crate::metrics::Counters;
 use crate::model::{
-    Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, ItemView, LARGE_VALUE_BYTES, NewVersion, Op,
-    Put, Removal, Reply, UnixMillis, Value, Version,
+    Check, Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, ItemView, LARGE_VALUE_BYTES,
+    NewVersion, Op, Put, Removal, Reply, UnixMillis, Value, Version,
 };
 use crate::partition::Partitioner;
 use crate::store::{FETCHED, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON};
@@ -33,6 +33,13 @@ pub(crate) struct Price {
     pub(crate) charged_bytes: usize,
     /// Bytes of values that they read.
     pub(crate) read_bytes: u64,
+}
+
+impl std::ops::AddAssign for Price {
+    fn add_assign(&mut self, more: Self) {
+        self.charged_bytes += more.charged_bytes;
+        self.read_bytes += more.read_bytes;
+    }
 }
 
 /// The owner of one token range.
@@ -116,11 +123,15 @@ impl Shard {
         }
     }
 
-    fn holds(&mut self, hash: u64, key: &[u8], condition: Condition, context: &mut Context<'_>) -> bool {
-        let position = self.live(hash, key, context);
-        match (condition, position) {
+    /// What a check asks for is so.
+    pub(crate) fn holds(&self, hash: u64, check: &Check<'_>, now: UnixMillis) -> bool {
+        let item = self
+            .store
+            .find(hash, check.key)
+            .map(|position| self.store.item(position));
+        match (check.condition, item.filter(|item| !item.deadline().is_over(now))) {
             (Condition::Always, _) | (Condition::Absent, None) | (Condition::Present, Some(_)) => true,
-            (Condition::VersionIs(expected), Some(position)) => matches(self.store.item(position), expected),
+            (Condition::VersionIs(expected), Some(item)) => matches(item, expected),
             _ => false,
         }
     }
@@ -153,7 +164,6 @@ impl Shard {
             Op::Delete(delete) => self.delete(hash, command.key, delete, context),
             Op::Increment(increment) => self.increment(hash, command.key, increment, context),
             Op::Touch(deadline) => self.touch(hash, command.key, *deadline, context),
-            Op::Check(condition) => Reply::Checked(self.holds(hash, command.key, *condition, context)),
             Op::Inspect => match self.live(hash, command.key, context) {
                 None => Reply::NotFound,
                 Some(position) => {
@@ -186,11 +196,10 @@ impl Shard {
         };
         context.counters.get_hits += 1;
         self.store.mark_access(position, context.now.seconds());
-        Reply::Found(ItemView {
-            // Nobody asked for it.
-            version: Version(0),
-            ..view(self.store.item(position))
-        })
+        let mut found = view(self.store.item(position));
+        // Nobody asked for it.
+        found.version = Version(0);
+        Reply::Found(found)
     }
 
     fn get_with(
@@ -554,7 +563,7 @@ fn matches(item: ItemRef<'_>, expected: Version) -> bool {
     item.version() != Version(0) && item.version() == expected
 }
 
-#[inline]
+#[inline(always)]
 fn view(item: ItemRef<'_>) -> ItemView<'_> {
     let state = item.state();
     ItemView {

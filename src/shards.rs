@@ -2,7 +2,7 @@
 
 use crate::budget::{Budget, Pool};
 use crate::metrics::Counters;
-use crate::model::{Command, CoreId, Reply, UnixMillis};
+use crate::model::{Check, Command, CoreId, Reply, UnixMillis};
 use crate::partition::RangeTable;
 use crate::shard::{Context, Price, Shard};
 use std::sync::Arc;
@@ -111,6 +111,11 @@ impl Shards {
     pub(crate) fn flush(&mut self, now: UnixMillis, counters: &mut Counters) {
         self.each(now, counters, |shard, context| shard.flush(context));
         self.emptying = true;
+    }
+
+    /// What a check asks for is so.
+    pub(crate) fn holds(&self, shard: u16, hash: u64, check: &Check<'_>, now: UnixMillis) -> bool {
+        self.shards[self.place(shard)].holds(hash, check, now)
     }
 
     /// What a command may cost before it is executed.

@@ -81,13 +81,19 @@ pub(crate) enum Vote {
     TooLarge = 4,
 }
 
-/// Appends what stands before the results in a participant's answer: the vote, how many bytes of values it reads, and which
-/// checks held, in their order.
+/// Appends what stands before the results in a participant's answer: the vote, how many bytes it reads, and which checks
+/// held, in their order.
 pub(crate) fn push_vote(out: &mut Vec<u8>, vote: Vote, read_bytes: u64, checks: &[bool]) {
     out.push(vote as u8);
     out.extend_from_slice(&read_bytes.to_le_bytes());
     out.extend_from_slice(&(checks.len() as u16).to_le_bytes());
     out.extend(checks.iter().map(|held| u8::from(*held)));
+}
+
+/// Writes vote and bytes anew at `start`, where [`push_vote`] wrote them before the results were known.
+pub(crate) fn amend_vote(out: &mut [u8], start: usize, vote: Vote, read_bytes: u64) {
+    out[start] = vote as u8;
+    out[start + 1..start + 9].copy_from_slice(&read_bytes.to_le_bytes());
 }
 
 /// Where a result began.
@@ -165,7 +171,7 @@ pub(crate) struct Coordinator {
     refused: bool,
     no_memory: bool,
     too_large: bool,
-    /// Bytes of values that are read, and the most that may be.
+    /// Bytes that are read, and the most that may be.
     read_bytes: u64,
     read_bytes_max: u64,
     scope: Scope,
@@ -315,7 +321,12 @@ impl Coordinator {
             TxnEnd::Failure => Some(Role::Failure),
             TxnEnd::OutOfMemory | TxnEnd::TooLarge => None,
         };
-        let (mut checks, mut replies) = (vec![], vec![]);
+        let (mut checks, mut replies) = (vec![], Rope::default());
+        let bytes = self
+            .participants
+            .iter()
+            .map(|participant| participant.results.flat.len());
+        replies.flat.reserve(bytes.sum());
         let mut read = vec![(0, 0); self.participants.len()];
         for (role, core) in &self.order {
             let at = self
@@ -332,10 +343,8 @@ impl Coordinator {
                 let mut header = Reader(&source.flat[*flat..*flat + RESULT_HEADER_BYTES]);
                 let (length, splices) = (header.u32() as usize, usize::from(header.u16()));
                 *flat += RESULT_HEADER_BYTES;
-                let mut result = Rope::default();
-                result.append_from(source, *flat, length, splices);
+                replies.append_from(source, *flat, length, splices);
                 *flat += length;
-                replies.push(result);
             }
         }
         TxnResults {
@@ -372,11 +381,8 @@ mod tests {
         coordinator.take(core, &mut said, 0, length, splices);
     }
 
-    fn texts(results: &[Rope]) -> Vec<String> {
-        results
-            .iter()
-            .map(|rope| String::from_utf8(rope.to_vec()).unwrap())
-            .collect()
+    fn text(results: &Rope) -> String {
+        String::from_utf8(results.to_vec()).unwrap()
     }
 
     /// Whoever answers first, the results stand in the order of the commands; reads need no second answer.
@@ -391,7 +397,7 @@ mod tests {
         assert_eq!(reads.next(), Next::FinishAnd(Decision::Release));
         let results = reads.finish();
         assert_eq!(
-            (results.end, texts(&results.replies).concat()),
+            (results.end, text(&results.replies)),
             (TxnEnd::Success, "<a><b><c><d><e>".to_owned())
         );
     }
@@ -429,8 +435,8 @@ mod tests {
             assert_eq!(txn.next(), Next::Finish);
             let results = txn.finish();
             assert_eq!(
-                (results.checks, texts(&results.replies)),
-                (vec![true, held], expected.iter().map(|s| s.to_string()).collect())
+                (results.checks, text(&results.replies)),
+                (vec![true, held], expected.concat())
             );
         }
     }

@@ -3,18 +3,17 @@
 use super::{Engine, count_answered};
 use crate::encoding::Rope;
 use crate::gather::{Gather, Gathered};
-use crate::link::{BROADCAST_COST_BYTES, Return, cost_bytes};
+use crate::link::{BROADCAST_COST_BYTES, Return, Wish};
 use crate::locks::TxnId;
 use crate::metrics::{ConnectionFacts, Prefixes, Report};
-use crate::model::{Broadcast, Class, Command, Transaction, TxnEnd};
+use crate::model::{Broadcast, Class, Transaction, TxnEnd};
 use crate::protocol::{self, ServerFacts, Shape};
 use crate::session::{Blocked, Session};
 use crate::txn::{Coordinator, Decision, Next, Role, Scope};
 
-/// A command of a transaction, and where it belongs.
+/// What a transaction asks of one key, and where that belongs.
 struct Placed<'a> {
-    role: Role,
-    command: &'a Command<'a>,
+    wish: Wish<'a>,
     hash: u64,
     shard: u16,
     core: u16,
@@ -90,43 +89,39 @@ impl Engine {
         shape: &Shape<'_>,
         resumed: Option<u16>,
     ) -> bool {
-        let roles = [
-            (Role::Check, txn.checks),
-            (Role::Success, txn.success),
-            (Role::Failure, txn.failure),
-        ];
-        let commands = roles
-            .iter()
-            .flat_map(|(role, commands)| commands.iter().map(|command| (*role, command)));
-        let (mut placed, mut costs) = (vec![], vec![0u32; self.links.len()]);
+        let mut placed = Vec::with_capacity(txn.checks.len() + txn.success.len() + txn.failure.len());
+        let mut costs = vec![0u32; self.links.len()];
         let mut scope = if txn.checks.is_empty() {
             Scope::Reads
         } else {
             Scope::Keys
         };
-        for (role, command) in commands {
-            let place = self.table.place(command.key);
+        let mut place = |key, wish| {
+            let place = self.table.place(key);
             let shard = self.table.shard_of(place.token);
             let core = self.table.core_of(shard).0;
-            costs[usize::from(core)] += cost_bytes(command, shape);
-            if !command.only_reads() {
-                scope = Scope::Keys;
-            }
             placed.push(Placed {
-                role,
-                command,
+                wish,
                 hash: place.hash,
                 shard: shard.0,
                 core,
             });
+            costs[usize::from(core)] += wish.cost_bytes();
+        };
+        txn.checks.iter().for_each(|check| place(check.key, Wish::Check(check)));
+        for (role, commands) in [(Role::Success, txn.success), (Role::Failure, txn.failure)] {
+            for command in commands {
+                place(command.key, Wish::Execute(role, command));
+                if !command.only_reads() {
+                    scope = Scope::Keys;
+                }
+            }
         }
         let costs: Vec<(u16, u32)> = (0..).zip(costs).filter(|(_, cost)| *cost > 0).collect();
-        let class = txn
-            .success
-            .iter()
-            .chain(txn.checks)
-            .next()
-            .map_or(Class::Other, |command| command.op.class());
+        let class = match txn.success.first() {
+            Some(command) => command.op.class(),
+            None => Class::Other,
+        };
         self.begin_txn(session, id, &placed, &costs, scope, class, shape, resumed)
     }
 
@@ -163,7 +158,7 @@ impl Engine {
             clock: self.last_txn,
             core: self.core.0,
         };
-        let order = placed.iter().map(|placed| (placed.role, placed.core)).collect();
+        let order = placed.iter().map(|placed| (placed.wish.role(), placed.core)).collect();
         let coordinator = Coordinator::new(txn, order, costs, scope, self.config.limits.response_bytes_max());
         let forwarded = costs.iter().any(|(core, _)| *core != self.core.0);
         let gather = Gather::new(shape, Gathered::Txn(coordinator));
@@ -178,11 +173,12 @@ impl Engine {
             starts[usize::from(*core)] = link.begin_part(to, shape.code, distributed, txn, scope);
         }
         for of in placed {
-            self.links[usize::from(of.core)].push_member(of.role, of.hash, of.shard, of.command);
+            self.links[usize::from(of.core)].push_member(of.hash, of.shard, &of.wish);
         }
         for (core, _) in costs {
             self.links[usize::from(*core)].finish_part(starts[usize::from(*core)]);
         }
+        self.unsettled = true;
         true
     }
 
@@ -194,6 +190,7 @@ impl Engine {
             Gathered::Report { missing: 0, .. } => {}
             Gathered::Report { .. } => return,
             Gathered::Txn(coordinator) => {
+                self.unsettled = true;
                 let next = coordinator.next();
                 let decision = match next {
                     Next::Wait => return,

@@ -147,11 +147,8 @@ impl Engine {
 
     /// Notes the version that a checked read has brought, and takes it out of the reply.
     pub(super) fn note_read(&mut self, session: &mut Session, shape: &Shape<'_>, results: &mut TxnResults) {
-        let (key, Some(reply)) = (shape.text, results.replies.first_mut()) else {
-            return;
-        };
-        let (head, line) = reply.flat.split_at(VERSION_BYTES);
-        let mut head = Reader(head);
+        let (key, line) = (shape.text, &mut results.replies.flat);
+        let mut head = Reader(&line[..VERSION_BYTES]);
         let version = Version(head.u64());
         let found = head.u8() == 1;
         if let Some(open) = &mut session.open_txn
@@ -162,9 +159,7 @@ impl Engine {
             open.bytes += bytes;
             open.note_read(key, found.then_some(version));
         }
-        let mut rest = Rope::default();
-        rest.push(line);
-        *reply = rest;
+        line.drain(..VERSION_BYTES);
     }
 
     fn commit(&mut self, session: &mut Session, id: u32, shape: &Shape<'_>, resumed: Option<u16>) -> Outcome {

@@ -2,12 +2,13 @@
 //! transaction from its preparation to its end. The core's own transactions come the same way, over the link to itself.
 
 use super::{Engine, Target, WINDOW};
-use crate::encoding::{Reader, Rope, read_command, reads_large};
+use crate::encoding::{Reader, Rope, read_command};
 use crate::link::{Kind, Member, PartRecord, Request, read_decision};
 use crate::locks::{Entered, Mode, Target as Lock, TxnId};
-use crate::model::{Command, Reply};
+use crate::model::Command;
 use crate::shard::Price;
-use crate::txn::{Decision, Role, Scope, Vote, begin_result, finish_result, push_vote};
+use crate::txn::{Decision, Role, Scope, Vote, amend_vote, begin_result, finish_result, push_vote};
+use arrayvec::ArrayVec;
 use bytes::Bytes;
 
 /// A request that waits or has locks, in memory of its own.
@@ -19,10 +20,28 @@ pub(super) struct Parked {
     record: Rope,
 }
 
-/// Whose a ticket of the lock table is.
+impl Parked {
+    /// Moves a record, with its next `splices` large values, into memory of its own.
+    fn new(link: usize, record: &[u8], splices: usize, large: &mut Rope) -> Self {
+        let mut own = Rope::default();
+        own.push(record);
+        for _ in 0..splices {
+            if let Some(splice) = large.take_splice() {
+                own.splice(splice.bytes);
+            }
+        }
+        Self { link, record: own }
+    }
+
+    fn large_values(&self) -> Vec<Bytes> {
+        self.record.splices.iter().map(|splice| splice.bytes.clone()).collect()
+    }
+}
+
+/// Who waits for locks.
 #[derive(Debug)]
-pub(super) enum Holder {
-    /// A request that is executed as soon as it has its locks.
+pub(super) enum Waiter {
+    /// A request that is executed as soon as it has them.
     Instant(Parked),
     /// A part of a transaction, in the table of those.
     Part(TxnId),
@@ -38,64 +57,59 @@ pub(super) struct Part {
     reserved: usize,
 }
 
+/// What is known of a part before it is executed.
+struct Survey {
+    /// Which checks hold.
+    checks: Vec<bool>,
+    /// What success costs, and what failure.
+    prices: [Price; 2],
+}
+
 /// What a command needs of its key.
 pub(super) fn mode_of(command: &Command<'_>) -> Mode {
-    if command.only_reads() {
-        Mode::Shared
-    } else {
-        Mode::Exclusive
-    }
+    mode(command.only_reads())
 }
 
-/// The members of a part with their commands, large values taken from `large` in turn.
-fn members<'a>(
-    mut body: Reader<'a>,
-    large: impl IntoIterator<Item = &'a Bytes>,
-) -> impl Iterator<Item = (Member<'a>, Command<'a>)> {
-    let mut large = large.into_iter();
-    std::iter::from_fn(move || {
-        if body.0.is_empty() {
-            return None;
-        }
-        let member = Member::read(&mut body);
-        let value = if reads_large(&member.command) {
-            large.next()
-        } else {
-            None
-        };
-        Some((member, read_command(&mut { member.command }, value)))
-    })
+fn mode(only_reads: bool) -> Mode {
+    if only_reads { Mode::Shared } else { Mode::Exclusive }
 }
 
-fn large_values(record: &Rope) -> Vec<Bytes> {
-    record.splices.iter().map(|splice| splice.bytes.clone()).collect()
+fn members(mut body: Reader<'_>) -> impl Iterator<Item = Member<'_>> {
+    std::iter::from_fn(move || (!body.0.is_empty()).then(|| Member::read(&mut body)))
+}
+
+/// The members of a part, each with its large value, taken from `large` in turn.
+fn with_large<'a>(body: Reader<'a>, large: &'a [Bytes]) -> impl Iterator<Item = (Member<'a>, Option<&'a Bytes>)> {
+    let mut large = large.iter();
+    members(body).map(move |member| (member, member.reads_large().then(|| large.next()).flatten()))
+}
+
+/// What the members of a part want to lock.
+fn wants(record: &PartRecord<'_>) -> impl Iterator<Item = (Lock, Mode)> {
+    let store = (record.scope == Scope::Store).then_some((Lock::Store, Mode::Exclusive));
+    let keys = members(record.members).map(|member| (Lock::Key(member.hash), mode(member.only_reads())));
+    store.into_iter().chain(keys)
 }
 
 impl Engine {
     /// Serves a part of a transaction, or all of one that needs no other core.
     pub(super) fn serve_part(&mut self, link: usize, request: &Request<'_>, large: &mut Rope) {
-        let PartRecord { id, scope, members } = PartRecord::read(request);
-        let splices = members_large(members);
-        if request.kind == Kind::Whole && self.locks.is_empty() {
-            let values: Vec<Bytes> = (0..splices)
-                .filter_map(|_| large.take_splice())
-                .map(|splice| splice.bytes)
-                .collect();
-            self.execute_whole(link, request, &values);
-            return;
+        let record = PartRecord::read(request);
+        let splices = members(record.members).filter(Member::reads_large).count();
+        let parked = Parked::new(link, request.record, splices, large);
+        if request.kind == Kind::Prepare {
+            let part = Part {
+                parked,
+                ticket: None,
+                reserved: 0,
+            };
+            return self.prepare(record.id, part);
         }
-        let parked = park(link, request.record, splices, large);
-        if request.kind == Kind::Whole {
-            self.wait_for_locks(wants(members, scope), parked);
-            return;
+        if self.locks.is_empty() || !wants(&record).any(|(target, mode)| self.locks.blocks(target, mode)) {
+            self.execute_whole(&parked);
+        } else {
+            self.wait_for_locks(wants(&record).collect(), parked);
         }
-        let part = Part {
-            parked,
-            ticket: None,
-            reserved: 0,
-        };
-        self.parts.insert(id, part);
-        self.prepare(id);
     }
 
     /// Has a single command wait if it must; true when it does.
@@ -120,30 +134,28 @@ impl Engine {
         true
     }
 
-    /// Enters a request that is executed as soon as it has its locks.
+    /// Enters a request that is executed as soon as it has its locks, which are not free now.
     fn wait_for_locks(&mut self, wants: Vec<(Lock, Mode)>, parked: Parked) {
         self.metrics.counters.lock_waits += 1;
         match self.locks.enter(None, wants) {
-            Entered::Granted(ticket) => {
-                self.holders.insert(ticket, Holder::Instant(parked));
-                self.granted(ticket);
-            }
             Entered::Waiting(ticket) => {
-                self.holders.insert(ticket, Holder::Instant(parked));
+                self.waiters.insert(ticket, Waiter::Instant(parked));
             }
-            Entered::Refused => unreachable!("only transactions are refused"),
+            Entered::Granted(_) | Entered::Refused => unreachable!("it is blocked, and waits for anybody"),
         }
     }
 
-    /// Goes on with a request that has its locks now.
+    /// Goes on with a request that waited and has its locks now.
     pub(super) fn granted(&mut self, ticket: u32) {
-        match self.holders.get(&ticket) {
+        match self.waiters.remove(&ticket) {
             None => {}
-            Some(Holder::Part(id)) => self.vote(*id),
-            Some(Holder::Instant(_)) => {
-                let Some(Holder::Instant(mut parked)) = self.holders.remove(&ticket) else {
-                    return;
-                };
+            Some(Waiter::Part(id)) => {
+                if let Some(mut part) = self.parts.remove(&id) {
+                    self.vote(&mut part);
+                    self.parts.insert(id, part);
+                }
+            }
+            Some(Waiter::Instant(mut parked)) => {
                 let flat = std::mem::take(&mut parked.record.flat);
                 let request = Request::read(&mut Reader(&flat));
                 if request.kind == Kind::Command {
@@ -151,8 +163,8 @@ impl Engine {
                     let command = read_command(&mut { request.body }, value.as_ref());
                     self.answer_command(parked.link, &request, &command);
                 } else {
-                    let values = large_values(&parked.record);
-                    self.execute_whole(parked.link, &request, &values);
+                    parked.record.flat = flat;
+                    self.execute_whole(&parked);
                 }
                 self.locks.leave(ticket);
             }
@@ -160,25 +172,30 @@ impl Engine {
     }
 
     /// Executes a transaction that needs no other core.
-    fn execute_whole(&mut self, link: usize, request: &Request<'_>, large: &[Bytes]) {
-        let record = PartRecord::read(request);
-        let checks = self.check(record.members, large);
-        let role = if checks.iter().all(|held| *held) {
-            Role::Success
+    fn execute_whole(&mut self, parked: &Parked) {
+        let request = Request::read(&mut Reader(&parked.record.flat));
+        let record = PartRecord::read(&request);
+        if record.scope == Scope::Reads {
+            return self.answer_reads(parked.link, &request, &record, Vote::Done);
+        }
+        let large = parked.large_values();
+        let Survey { checks, prices } = self.survey(&record, &large);
+        let (role, price) = if checks.iter().all(|held| *held) {
+            (Role::Success, prices[0])
         } else {
-            Role::Failure
+            (Role::Failure, prices[1])
         };
-        let price = self.price(record.members, large, role);
         let vote = match self.afford(price) {
             Vote::Prepared => Vote::Done,
             refusal => refusal,
         };
-        let start = self.links[link].begin_reply(request.to);
-        push_vote(&mut self.links[link].replies().flat, vote, price.read_bytes, &checks);
+        let start = self.links[parked.link].begin_reply(request.to);
+        let replies = &mut self.links[parked.link].replies().flat;
+        push_vote(replies, vote, price.read_bytes, &checks);
         if vote == Vote::Done {
-            self.execute_members(link, request, &record, large, role, price.charged_bytes);
+            self.execute_members(parked.link, &request, &record, &large, role, price.charged_bytes);
         }
-        self.links[link].finish_reply(start);
+        self.links[parked.link].finish_reply(start);
     }
 
     /// Sets memory aside for what is to be executed, or says why it cannot be.
@@ -197,19 +214,18 @@ impl Engine {
     }
 
     /// Locks what a part needs, or says why not yet.
-    fn prepare(&mut self, id: TxnId) {
-        let Some(part) = self.parts.get_mut(&id) else { return };
+    fn prepare(&mut self, id: TxnId, mut part: Part) {
         let request = Request::read(&mut Reader(&part.parked.record.flat));
         let record = PartRecord::read(&request);
-        match self.locks.enter(Some(id), wants(record.members, record.scope)) {
+        match self.locks.enter(Some(id), wants(&record).collect()) {
             Entered::Granted(ticket) => {
                 part.ticket = Some(ticket);
-                self.holders.insert(ticket, Holder::Part(id));
-                self.vote(id);
+                self.vote(&mut part);
             }
             Entered::Waiting(ticket) => {
                 part.ticket = Some(ticket);
-                self.holders.insert(ticket, Holder::Part(id));
+                self.metrics.counters.lock_waits += 1;
+                self.waiters.insert(ticket, Waiter::Part(id));
             }
             Entered::Refused => {
                 let link = &mut self.links[part.parked.link];
@@ -218,17 +234,20 @@ impl Engine {
                 link.finish_reply(start);
             }
         }
+        self.parts.insert(id, part);
     }
 
-    /// A part has its locks: evaluates its checks, sets memory aside, and says so.
-    fn vote(&mut self, id: TxnId) {
-        let Some(mut part) = self.parts.remove(&id) else { return };
+    /// A part has its locks: evaluates its checks, sets memory aside, and says so; or reads what it is to read.
+    fn vote(&mut self, part: &mut Part) {
+        let link = part.parked.link;
         let request = Request::read(&mut Reader(&part.parked.record.flat));
         let record = PartRecord::read(&request);
-        let values = large_values(&part.parked.record);
-        let checks = self.check(record.members, &values);
+        if record.scope == Scope::Reads {
+            return self.answer_reads(link, &request, &record, Vote::Prepared);
+        }
+        let large = part.parked.large_values();
+        let Survey { checks, prices } = self.survey(&record, &large);
         // Which of the two will be executed is not known here.
-        let prices = [Role::Success, Role::Failure].map(|role| self.price(record.members, &values, role));
         let price = Price {
             charged_bytes: prices[0].charged_bytes.max(prices[1].charged_bytes),
             read_bytes: prices[0].read_bytes.max(prices[1].read_bytes),
@@ -237,14 +256,9 @@ impl Engine {
         if vote == Vote::Prepared {
             part.reserved = price.charged_bytes;
         }
-        let link = part.parked.link;
         let start = self.links[link].begin_reply(request.to);
         push_vote(&mut self.links[link].replies().flat, vote, price.read_bytes, &checks);
-        if record.scope == Scope::Reads && vote == Vote::Prepared {
-            self.execute_members(link, &request, &record, &values, Role::Success, 0);
-        }
         self.links[link].finish_reply(start);
-        self.parts.insert(id, part);
     }
 
     /// Does with a part what its coordinator decided.
@@ -252,53 +266,91 @@ impl Engine {
         let (id, decision) = read_decision(request);
         let Some(mut part) = self.parts.remove(&id) else { return };
         let ticket = part.ticket.take();
+        let reserved = std::mem::take(&mut part.reserved);
         let executed = match decision {
             Decision::Again | Decision::Release => None,
             Decision::Success => Some(Role::Success),
             Decision::Failure => Some(Role::Failure),
         };
         if let Some(role) = executed {
-            let values = large_values(&part.parked.record);
+            let large = part.parked.large_values();
             let prepared = Request::read(&mut Reader(&part.parked.record.flat));
             let record = PartRecord::read(&prepared);
             let start = self.links[link].begin_reply(request.to);
             push_vote(&mut self.links[link].replies().flat, Vote::Done, 0, &[]);
-            self.execute_members(link, &prepared, &record, &values, role, part.reserved);
+            self.execute_members(link, &prepared, &record, &large, role, reserved);
             self.links[link].finish_reply(start);
         } else {
-            self.shards.budget.release(part.reserved);
+            self.shards.budget.release(reserved);
         }
-        part.reserved = 0;
         if let Some(ticket) = ticket {
-            self.holders.remove(&ticket);
             self.locks.leave(ticket);
         }
         if decision == Decision::Again {
-            self.parts.insert(id, part);
-            self.prepare(id);
+            self.prepare(id, part);
         }
     }
 
-    /// Which checks hold.
-    fn check(&mut self, body: Reader<'_>, large: &[Bytes]) -> Vec<bool> {
-        let mut held = vec![];
-        for (member, command) in members(body, large).filter(|(member, _)| member.role == Role::Check) {
-            let (now, counters) = (self.now, &mut self.metrics.counters);
-            let reply = self.shards.execute(member.shard, member.hash, &command, now, counters);
-            held.push(matches!(reply, Reply::Checked(true)));
+    /// The next members; what they need is on its way into the cache.
+    fn look_ahead<'a>(
+        &self,
+        members: &mut impl Iterator<Item = (Member<'a>, Option<&'a Bytes>)>,
+    ) -> ArrayVec<(Member<'a>, Option<&'a Bytes>), WINDOW> {
+        let window: ArrayVec<_, WINDOW> = members.take(WINDOW).collect();
+        for (member, _) in &window {
+            self.shards.prefetch_bucket(member.shard, member.hash);
         }
-        held
+        for (member, _) in &window {
+            self.shards.prefetch_item(member.shard, member.hash);
+        }
+        window
     }
 
-    /// What the commands of one role may cost.
-    fn price(&self, body: Reader<'_>, large: &[Bytes], role: Role) -> Price {
-        let mut sum = Price::default();
-        for (member, command) in members(body, large).filter(|(member, _)| member.role == role) {
-            let price = self.shards.price(member.shard, member.hash, &command);
-            sum.charged_bytes += price.charged_bytes;
-            sum.read_bytes += price.read_bytes;
+    /// Evaluates the checks of a part, and what its commands may cost.
+    fn survey(&self, record: &PartRecord<'_>, large: &[Bytes]) -> Survey {
+        let mut survey = Survey {
+            checks: vec![],
+            prices: [Price::default(); 2],
+        };
+        let mut members = with_large(record.members, large);
+        loop {
+            let window = self.look_ahead(&mut members);
+            if window.is_empty() {
+                return survey;
+            }
+            for (member, value) in window {
+                let price = match member.role {
+                    Role::Check => {
+                        let held = self.shards.holds(member.shard, member.hash, &member.check(), self.now);
+                        survey.checks.push(held);
+                        continue;
+                    }
+                    Role::Success => &mut survey.prices[0],
+                    Role::Failure => &mut survey.prices[1],
+                };
+                *price += self.shards.price(member.shard, member.hash, &member.command(value));
+            }
         }
-        sum
+    }
+
+    /// Answers with what a part reads that does nothing else, unless it is too much.
+    fn answer_reads(&mut self, link: usize, request: &Request<'_>, record: &PartRecord<'_>, vote: Vote) {
+        let start = self.links[link].begin_reply(request.to);
+        let replies = self.links[link].replies();
+        let vote_at = replies.flat.len();
+        push_vote(&mut replies.flat, vote, 0, &[]);
+        let (flat, before) = (replies.flat.len(), replies.len());
+        self.execute_members(link, request, record, &[], Role::Success, 0);
+        let bytes_max = self.config.limits.response_bytes_max();
+        let replies = self.links[link].replies();
+        let read_bytes = (replies.len() - before) as u64;
+        if read_bytes <= bytes_max {
+            amend_vote(&mut replies.flat, vote_at, vote, read_bytes);
+        } else {
+            replies.truncate(flat);
+            amend_vote(&mut replies.flat, vote_at, Vote::TooLarge, read_bytes);
+        }
+        self.links[link].finish_reply(start);
     }
 
     /// Executes the commands of one role, for which `reserved` bytes were set aside, and adds their results to the reply.
@@ -318,20 +370,15 @@ impl Engine {
         }
         self.shards.budget.use_reserved(reserved);
         self.shards.budget.set_unlimited(true);
-        let mut window = arrayvec::ArrayVec::<(Member<'_>, Command<'_>), WINDOW>::new();
-        let mut members = members(record.members, large)
-            .filter(|(member, _)| member.role == role)
-            .peekable();
-        while members.peek().is_some() {
-            window.extend(members.by_ref().take(WINDOW));
-            for (member, _) in &window {
-                self.shards.prefetch_bucket(member.shard, member.hash);
+        let mut members = with_large(record.members, large).filter(|(member, _)| member.role == role);
+        loop {
+            let window = self.look_ahead(&mut members);
+            if window.is_empty() {
+                break;
             }
-            for (member, _) in &window {
-                self.shards.prefetch_item(member.shard, member.hash);
-            }
-            for (member, command) in window.drain(..) {
+            for (member, value) in window {
                 let start = begin_result(self.links[link].replies());
+                let command = member.command(value);
                 let (protocol, shape) = (request.protocol, &request.shape);
                 self.execute(member.shard, member.hash, &command, protocol, shape, Target::Link(link));
                 finish_result(self.links[link].replies(), start);
@@ -339,40 +386,4 @@ impl Engine {
         }
         self.shards.budget.set_unlimited(false);
     }
-}
-
-/// How many large values the members of a part have.
-fn members_large(mut body: Reader<'_>) -> usize {
-    let mut count = 0;
-    while !body.0.is_empty() {
-        count += usize::from(reads_large(&Member::read(&mut body).command));
-    }
-    count
-}
-
-/// What the members of a part want to lock.
-fn wants(mut body: Reader<'_>, scope: Scope) -> Vec<(Lock, Mode)> {
-    if scope == Scope::Store {
-        return vec![(Lock::Store, Mode::Exclusive)];
-    }
-    let mut wants = vec![];
-    let nothing = Bytes::new();
-    while !body.0.is_empty() {
-        let member = Member::read(&mut body);
-        let command = read_command(&mut { member.command }, Some(&nothing));
-        wants.push((Lock::Key(member.hash), mode_of(&command)));
-    }
-    wants
-}
-
-/// Moves a record, with its next `splices` large values, into memory of its own.
-fn park(link: usize, record: &[u8], splices: usize, large: &mut Rope) -> Parked {
-    let mut own = Rope::default();
-    own.push(record);
-    for _ in 0..splices {
-        if let Some(splice) = large.take_splice() {
-            own.splice(splice.bytes);
-        }
-    }
-    Parked { link, record: own }
 }

@@ -271,10 +271,10 @@ pub(super) fn carries_version(shape: &Shape<'_>) -> bool {
 }
 
 /// Encodes the reply to what a transaction reads or does.
-pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope) {
+pub(super) fn encode_txn(shape: &Shape<'_>, mut results: TxnResults, out: &mut Rope) {
     match results.end {
         TxnEnd::Success if shape.code == kind::COMMIT => out.push(OK),
-        TxnEnd::Success => results.replies.into_iter().for_each(|mut reply| out.append(&mut reply)),
+        TxnEnd::Success => out.append(&mut results.replies),
         TxnEnd::Failure => out.push(&error("a key that was read has changed: nothing was applied")),
         TxnEnd::OutOfMemory => out.push(&error("the server's memory limit is reached: nothing was applied")),
         TxnEnd::TooLarge => out.push(&error("the value is too large for one response")),

@@ -659,7 +659,7 @@ fn encode_line(kind: u32, reply: &Reply<'_>, out: &mut Rope) {
         Reply::Touched | Reply::Found(_) => b"TOUCHED\r\n",
         Reply::NotANumber => NOT_A_NUMBER,
         // Only appending meets the limit here, and this is what memcached says then.
-        Reply::TooLarge | Reply::Checked(_) => b"NOT_STORED\r\n",
+        Reply::TooLarge => b"NOT_STORED\r\n",
         Reply::OutOfMemory if kind == kind::COUNT => b"SERVER_ERROR out of memory in incr\r\n",
         Reply::OutOfMemory => NO_MEMORY,
     });

@@ -12,17 +12,17 @@ use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, is_http
 use crate::encoding::Rope;
 use crate::metrics::{Metrics, Report};
 use crate::model::{
-    Broadcast, Class, Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, Reply, Transaction,
-    TxnEnd, UnixMillis, Value, Version,
+    Broadcast, Check, Class, Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, Reply,
+    Transaction, TxnEnd, UnixMillis, Value, Version,
 };
 use crate::partition::Partitioner;
 use crate::proto::{self, Code, Response};
 use bytes::Bytes;
 use hdrhistogram::serialization::{Serializer, V2Serializer};
-use prost::Message;
 use prost::encoding::{
     DecodeContext, WireType, decode_key, decode_varint, encode_varint, encoded_len_varint, skip_field,
 };
+use prost::{DecodeError, Message};
 
 /// What a [`Shape`]'s code says, in its low byte. Its text is the request's id field as it came.
 mod kind {
@@ -81,8 +81,8 @@ fn invalid(reason: String) -> Box<Refusal> {
     })
 }
 
-impl From<prost::DecodeError> for Box<Refusal> {
-    fn from(error: prost::DecodeError) -> Self {
+impl From<DecodeError> for Box<Refusal> {
+    fn from(error: DecodeError) -> Self {
         malformed(&format!("not a Message: {error}"))
     }
 }
@@ -130,20 +130,25 @@ impl<'a> Fields<'a> {
 const VARINT: u64 = WireType::Varint as u64;
 const BYTES: u64 = WireType::LengthDelimited as u64;
 
-/// The varint at the front of `bytes`: most have one byte.
+/// The varint at the front of `bytes`: most have one byte, or two.
 #[inline(always)]
-fn varint(bytes: &mut &[u8]) -> Result<u64, Box<Refusal>> {
-    match bytes.split_first() {
-        Some((first, rest)) if *first < 0x80 => {
+fn varint(bytes: &mut &[u8]) -> Result<u64, DecodeError> {
+    match **bytes {
+        [first, ref rest @ ..] if first < 0x80 => {
             *bytes = rest;
-            Ok(u64::from(*first))
+            Ok(u64::from(first))
+        }
+        [first, second, ref rest @ ..] if second < 0x80 => {
+            *bytes = rest;
+            Ok(u64::from(first & 0x7f) | u64::from(second) << 7)
         }
         _ => long_varint(bytes),
     }
 }
 
-fn long_varint(bytes: &mut &[u8]) -> Result<u64, Box<Refusal>> {
-    Ok(decode_varint(bytes)?)
+#[inline(never)]
+fn long_varint(bytes: &mut &[u8]) -> Result<u64, DecodeError> {
+    decode_varint(bytes)
 }
 
 /// Skips the content of a field of a type that is not used here, or finds out that there is no such field.
@@ -174,7 +179,7 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
     }
     let front = &input[..input.len().min(LENGTH_BYTES_MAX)];
     let mut rest = front;
-    let length = match decode_varint(&mut rest) {
+    let length = match varint(&mut rest) {
         Ok(length) if length <= u64::from(u32::MAX) => length as usize,
         Err(_) if front.len() < LENGTH_BYTES_MAX => return at(Decoded::Incomplete, 0),
         _ => {
@@ -386,7 +391,7 @@ impl<'a> Commands<'a> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn finish(self, code: u32, text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
         match (self.first, self.all.is_empty()) {
             (None, _) => Err(invalid("no key".to_owned())),
@@ -401,13 +406,14 @@ impl<'a> Commands<'a> {
 
     /// Several commands make a transaction. If one has a condition, there is a check for each, so that the reply can tell
     /// which of them did not hold.
+    #[inline(never)]
     fn together(self, code: u32, text: &'a [u8], env: &Env<'a>) -> Decoded<'a> {
         let mut checks = bumpalo::collections::Vec::new_in(env.arena);
         let success = self.all.into_bump_slice_mut();
         if success.iter().any(|command| condition_of(command) != Condition::Always) {
-            checks.extend(success.iter().map(|command| Command {
+            checks.extend(success.iter().map(|command| Check {
                 key: command.key,
-                op: Op::Check(condition_of(command)),
+                condition: condition_of(command),
             }));
             for command in success.iter_mut() {
                 match &mut command.op {
@@ -429,7 +435,9 @@ impl<'a> Commands<'a> {
 /// Protocols of lines show a key that is none as memcached's clients write it: in base64.
 #[inline]
 fn is_text(key: &[u8]) -> bool {
-    key.iter().all(|byte| *byte > b' ' && *byte != 0x7f) && (key.is_ascii() || std::str::from_utf8(key).is_ok())
+    // Without a branch per byte, for nearly all keys are so.
+    let odd = key.iter().fold(false, |odd, byte| odd | !(b'!'..=b'~').contains(byte));
+    !odd || key.iter().all(|byte| *byte > b' ' && *byte != 0x7f) && std::str::from_utf8(key).is_ok()
 }
 
 fn condition_of(command: &Command<'_>) -> Condition {
@@ -527,7 +535,7 @@ fn set<'a>(
 }
 
 /// An entry of a Set, and whether its version is wanted.
-#[inline]
+#[inline(always)]
 fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a>, bool), Box<Refusal>> {
     let mut fields = Fields(body);
     let mut key: &[u8] = &[];
@@ -540,7 +548,7 @@ fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a
             (4 | 5, Field::Number(0)) => put.deadline = Deadline::Never,
             (4, Field::Number(ttl_ms)) => put.deadline = Deadline::At(UnixMillis(env.now.0.saturating_add(ttl_ms))),
             (5, Field::Number(moment)) => put.deadline = Deadline::At(UnixMillis(moment)),
-            (6, Field::Bytes(body)) => put.condition = condition(body, put.condition)?,
+            (6, Field::Bytes(body)) => put.condition = merge_condition(body, put.condition)?,
             (7, Field::Number(0)) => put.version = NewVersion::OnDemand,
             (7, Field::Number(_)) => put.version = NewVersion::Now,
             (1..=7, _) => return Err(malformed("a field of an Entry is of a wrong type")),
@@ -564,7 +572,7 @@ fn entry<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<(Command<'a
 
 /// Merges a Condition into what was there before. A kind of condition that this server does not know must not be ignored: what
 /// depends on it would be done in any case.
-fn condition(body: &[u8], before: Condition) -> Result<Condition, Box<Refusal>> {
+fn merge_condition(body: &[u8], before: Condition) -> Result<Condition, Box<Refusal>> {
     let mut fields = Fields(body);
     let mut condition = before;
     while let Some((number, field)) = fields.next()? {
@@ -602,7 +610,7 @@ fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'
                 let most = env.request_keys_max;
                 return Err(invalid(format!("more than {most} conditions in one message")));
             }
-            (2, Field::Bytes(body)) => conditions.push(condition(body, Condition::Always)?),
+            (2, Field::Bytes(body)) => conditions.push(merge_condition(body, Condition::Always)?),
             (1 | 2, _) => return Err(malformed("a field of Delete is of a wrong type")),
             _ => {}
         }
@@ -632,16 +640,16 @@ fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'
 }
 
 /// A Txn. Its commands stand in the order of the message: keys are numbered through all of it.
+#[cold]
 fn transaction<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(body);
-    let new_list = || bumpalo::collections::Vec::new_in(env.arena);
-    let (mut checks, mut success, mut failure) = (new_list(), new_list(), new_list());
+    let mut checks = bumpalo::collections::Vec::new_in(env.arena);
+    let mut success = bumpalo::collections::Vec::new_in(env.arena);
+    let mut failure = bumpalo::collections::Vec::new_in(env.arena);
     let mut keys = 0;
     while let Some((number, field)) = fields.next()? {
-        let (list, command) = match (number, field) {
-            (1, Field::Bytes(body)) => (&mut checks, compare(body, keys + 1, env)?),
-            (2, Field::Bytes(body)) => (&mut success, operation(body, keys + 1, env)?),
-            (3, Field::Bytes(body)) => (&mut failure, operation(body, keys + 1, env)?),
+        let body = match (number, field) {
+            (1..=3, Field::Bytes(body)) => body,
             (1..=3, _) => return Err(malformed("a field of Txn is of a wrong type")),
             _ => continue,
         };
@@ -650,7 +658,11 @@ fn transaction<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Deco
             let most = env.request_keys_max;
             return Err(invalid(format!("more than {most} keys in one message")));
         }
-        list.push(command);
+        match number {
+            1 => checks.push(compare(body, keys, env)?),
+            2 => success.push(operation(body, keys, env)?),
+            _ => failure.push(operation(body, keys, env)?),
+        }
     }
     if keys == 0 {
         return Err(invalid("neither a comparison nor an operation".to_owned()));
@@ -665,20 +677,19 @@ fn transaction<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Deco
     Ok(Decoded::Transaction(txn, Shape { code, text }))
 }
 
-fn compare<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<Command<'a>, Box<Refusal>> {
+fn compare<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<Check<'a>, Box<Refusal>> {
     let mut fields = Fields(body);
-    let (mut key, mut must): (&[u8], _) = (&[], Condition::Always);
+    let (mut key, mut condition): (&[u8], _) = (&[], Condition::Always);
     while let Some((number, field)) = fields.next()? {
         match (number, field) {
             (1, Field::Bytes(bytes)) => key = bytes,
-            (2, Field::Bytes(body)) => must = condition(body, must)?,
+            (2, Field::Bytes(body)) => condition = merge_condition(body, condition)?,
             (1 | 2, _) => return Err(malformed("a field of Compare is of a wrong type")),
             _ => {}
         }
     }
     check_key(key, number, env)?;
-    let op = Op::Check(must);
-    Ok(Command { key, op })
+    Ok(Check { key, condition })
 }
 
 fn operation<'a>(body: &'a [u8], number: usize, env: &Env<'a>) -> Result<Command<'a>, Box<Refusal>> {
@@ -744,7 +755,6 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotStored | Reply::VersionMismatch | Reply::NotANumber => result.code = Code::ConditionFailed,
         Reply::OutOfMemory => result.code = Code::OutOfMemory,
         Reply::TooLarge => result.code = Code::TooLarge,
-        Reply::Checked(_) => {}
     }
     if shape.code & WITH_VERSION == 0 {
         result.version = 0;
@@ -778,37 +788,31 @@ pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope)
         TxnEnd::TooLarge => {
             return push_refusal(shape, Code::TooLarge, "the values are too large for one response", out);
         }
-        TxnEnd::OutOfMemory if of_keys => {
-            replies = (0..commands).map(|_| only(Code::OutOfMemory)).collect();
-        }
+        TxnEnd::OutOfMemory if of_keys => (0..commands).for_each(|_| push_code(Code::OutOfMemory, &mut replies)),
         TxnEnd::OutOfMemory => {
             return push_refusal(shape, Code::OutOfMemory, "the server's memory limit is reached", out);
         }
         TxnEnd::Failure if of_keys => {
-            let code = |held: bool| if held { Code::Aborted } else { Code::ConditionFailed };
-            replies = checks.into_iter().map(|held| only(code(held))).collect();
+            for held in checks {
+                let code = if held { Code::Aborted } else { Code::ConditionFailed };
+                push_code(code, &mut replies);
+            }
         }
-        _ => {}
+        TxnEnd::Success | TxnEnd::Failure => {}
     }
     let succeeded: &[u8] = match (of_keys, end) {
         (true, _) => &[],
         (false, TxnEnd::Success) => &[field::TXN, 2, field::SUCCEEDED, 1],
         (false, _) => &[field::TXN, 0],
     };
-    begin_response(
-        shape,
-        replies.iter().map(Rope::len).sum::<usize>() + succeeded.len(),
-        out,
-    );
-    replies.iter_mut().for_each(|reply| out.append(reply));
+    begin_response(shape, replies.len() + succeeded.len(), out);
+    out.append(&mut replies);
     out.push(succeeded);
 }
 
 /// A result that is nothing but a code.
-fn only(code: Code) -> Rope {
-    let mut out = Rope::default();
+fn push_code(code: Code, out: &mut Rope) {
     out.push(&[field::RESULT, 2, field::CODE, code as u8]);
-    out
 }
 
 /// A KeyResult to write.

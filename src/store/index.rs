@@ -167,7 +167,7 @@ impl Index {
     }
 
     /// Finds the item of `key`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&self, hash: u64, key: &[u8]) -> Option<Position> {
         let spread = spread(hash);
         let tag = tag_of(spread);
