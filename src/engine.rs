@@ -95,8 +95,10 @@ pub struct Engine {
     waiters: AHashMap<u32, participant::Waiter>,
     /// Parts of transactions on this core that are not decided.
     parts: AHashMap<TxnId, participant::Part>,
-    /// The clock of this core's last transaction.
-    last_txn: u64,
+    /// The connection and the slot of each transaction that this core coordinates.
+    coordinated: AHashMap<TxnId, (u32, u32)>,
+    /// The clock of the age that was given last.
+    last_age: u64,
     /// When the store is to be emptied; the first core sees to it.
     flush_at: Option<UnixMillis>,
     /// The session that asks for it.
@@ -149,7 +151,8 @@ impl Engine {
             locks: Locks::default(),
             waiters: AHashMap::new(),
             parts: AHashMap::new(),
-            last_txn: 0,
+            coordinated: AHashMap::new(),
+            last_age: 0,
             flush_at: None,
             internal: None,
         }
@@ -366,6 +369,8 @@ impl Engine {
                 self.take_replies(self.core, batch);
             } else if let Some(ticket) = self.locks.next_granted() {
                 self.granted(ticket);
+            } else if let Some(id) = self.locks.next_wounded() {
+                self.tell_of_wound(id);
             } else if let Some(link) = self.freed_links.pop() {
                 self.resume_waiters(link);
             } else {
@@ -964,6 +969,7 @@ impl Engine {
             && self.links.iter().all(Link::is_quiet)
             && self.locks.is_empty()
             && self.parts.is_empty()
+            && self.coordinated.is_empty()
     }
 
     /// Closes all connections when what they sent so far is answered.

@@ -5,8 +5,8 @@
 //! ```text
 //! request   0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
 //!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command, the broadcast,
-//!          or a part of a transaction:  0 clock u64   8 coordinator u16   10 scope u8, or what is decided,
-//!          and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16
+//!          or what concerns a transaction:  0 clock u64   8 coordinator u16   and then what is decided u8, or the attempt u32
+//!          that is in the way, or a part:  10 scope u8, and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16
 //!                                       15 what is checked, or the command
 //! reply     0 session u32   4 number u32   8 length u32   12 large values u16   14 unused u16   16 what to send
 //! ```
@@ -213,6 +213,21 @@ impl Link {
         finish(rope, start);
     }
 
+    /// Adds that a transaction is in the way of an older request, since it was told to prepare for the `attempt`th time. It
+    /// needs no credit: there is at most one for each time it prepares.
+    pub(crate) fn push_wound(&mut self, id: TxnId, attempt: u32) {
+        let rope = &mut self.requests.rope;
+        let nobody = Return {
+            session: 0,
+            number: 0,
+            protocol: Protocol::Text,
+        };
+        let start = push_header(rope, nobody, WOUND, 0, 0, &Shape::code(0));
+        push_id(rope, id);
+        rope.push(&attempt.to_le_bytes());
+        finish(rope, start);
+    }
+
     /// Begins a reply: what follows it in the rope is its content, until [`Link::finish_reply`].
     #[inline]
     pub(crate) fn begin_reply(&mut self, to: ReturnBytes<'_>) -> ReplyStart {
@@ -272,6 +287,7 @@ const BROADCAST: u8 = 1;
 const WHOLE: u8 = 2;
 const PREPARE: u8 = 3;
 const DECIDE: u8 = 4;
+const WOUND: u8 = 5;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,6 +302,8 @@ pub(crate) enum Kind {
     Prepare,
     /// A [`Decision`].
     Decide,
+    /// To the coordinator: the transaction is in the way of an older request.
+    Wound,
 }
 
 fn push_id(rope: &mut Rope, id: TxnId) {
@@ -318,6 +336,12 @@ impl<'a> PartRecord<'a> {
 pub(crate) fn read_decision(request: &Request<'_>) -> (TxnId, Decision) {
     let mut body = request.body;
     (read_id(&mut body), Decision::from_number(body.u8()))
+}
+
+/// What a [`Kind::Wound`] says: the transaction, and the attempt.
+pub(crate) fn read_wound(request: &Request<'_>) -> (TxnId, u32) {
+    let mut body = request.body;
+    (read_id(&mut body), body.u32())
 }
 
 fn read_id(body: &mut Reader<'_>) -> TxnId {
@@ -394,7 +418,8 @@ impl<'a> Request<'a> {
             BROADCAST => Kind::Broadcast,
             WHOLE => Kind::Whole,
             PREPARE => Kind::Prepare,
-            _ => Kind::Decide,
+            DECIDE => Kind::Decide,
+            _ => Kind::Wound,
         };
         let (code, text_len) = (reader.u32(), usize::from(reader.u16()));
         let (text, body) = rest.split_at(text_len);

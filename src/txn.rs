@@ -2,6 +2,8 @@
 //!
 //! All cores that own a key of the transaction are asked to prepare at once: to lock their keys, to evaluate their
 //! checks, and to set memory aside. When all have, and not before, it decides, and each executes its part and unlocks.
+//! Until then a core may say that an older request waits for what it has locked: then those that have locked unlock, and
+//! prepare again.
 //! Where only reads are asked for, the first answer carries them and the decision is not awaited. With a single core the first
 //! request is executed at once, and there is nothing to decide.
 
@@ -49,7 +51,7 @@ impl Scope {
 /// What a participant is told after it has prepared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Decision {
-    /// Give the locks back and prepare once more: another participant refused.
+    /// Give the locks back and prepare once more: they are in the way of an older request.
     Again = 0,
     /// Give the locks back; nothing is executed.
     Release = 1,
@@ -69,16 +71,20 @@ impl Decision {
 /// What a participant says first in its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Vote {
-    /// An older transaction is in the way. Nothing is locked.
-    Refused = 0,
     /// There is not enough memory. What was locked is locked.
-    NoMemory = 1,
+    NoMemory = 0,
+    /// What it would read is too large. What was locked is locked.
+    TooLarge = 1,
     /// It is ready to execute what will be decided, or has read what is to be read.
     Prepared = 2,
     /// It has executed its part and unlocked.
     Done = 3,
-    /// What it would read is too large. What was locked is locked.
-    TooLarge = 4,
+}
+
+impl Vote {
+    fn from_number(number: u8) -> Self {
+        [Vote::NoMemory, Vote::TooLarge, Vote::Prepared, Vote::Done][usize::from(number)]
+    }
 }
 
 /// Appends what stands before the results in a participant's answer: the vote, how many bytes it reads, and which checks
@@ -132,6 +138,14 @@ struct Participant {
     core: u16,
     /// What its part costs of the credit of its link, in bytes.
     cost_bytes: u32,
+    /// How often it was told to prepare again.
+    attempt: u32,
+    /// What it said last, unless that is still to come.
+    vote: Option<Vote>,
+    /// Answers on their way that it was told to forget since.
+    outdated: u32,
+    /// Bytes that it reads.
+    read_bytes: u64,
     /// Which of its checks held.
     checks: Vec<bool>,
     /// Its results, each from [`begin_result`] to [`finish_result`].
@@ -166,13 +180,7 @@ pub(crate) struct Coordinator {
     /// For each command, in order: what it is there for, and whose it is.
     order: Box<[(Role, u16)]>,
     phase: Phase,
-    /// How many participants have not answered.
-    missing: usize,
-    refused: bool,
-    no_memory: bool,
-    too_large: bool,
-    /// Bytes that are read, and the most that may be.
-    read_bytes: u64,
+    /// The most bytes that may be read.
     read_bytes_max: u64,
     scope: Scope,
 }
@@ -189,6 +197,10 @@ impl Coordinator {
         let participants = costs.iter().map(|(core, cost_bytes)| Participant {
             core: *core,
             cost_bytes: *cost_bytes,
+            attempt: 0,
+            vote: None,
+            outdated: 0,
+            read_bytes: 0,
             checks: vec![],
             results: Rope::default(),
         });
@@ -197,11 +209,6 @@ impl Coordinator {
             participants: participants.collect(),
             order,
             phase: Phase::Prepare,
-            missing: costs.len(),
-            refused: false,
-            no_memory: false,
-            too_large: false,
-            read_bytes: 0,
             read_bytes_max,
             scope,
         }
@@ -228,62 +235,77 @@ impl Coordinator {
         part.map_or(0, |participant| participant.cost_bytes)
     }
 
+    fn participant(&mut self, core: u16) -> &mut Participant {
+        let mut participants = self.participants.iter_mut();
+        let participant = participants.find(|participant| participant.core == core);
+        participant.expect("only participants speak of it")
+    }
+
     /// Takes a participant's answer: `length` flat bytes of `source` at `start`, with `splices` large values.
     pub(crate) fn take(&mut self, core: u16, source: &mut Rope, start: usize, length: usize, splices: usize) {
-        self.missing -= 1;
-        let mut reader = Reader(&source.flat[start..start + length]);
-        let vote = reader.u8();
-        self.read_bytes += reader.u64();
-        let count = usize::from(reader.u16());
-        let checks: Vec<bool> = reader.bytes(count).iter().map(|held| *held == 1).collect();
-        let left = reader.0.len();
-        self.refused |= vote == Vote::Refused as u8;
-        self.no_memory |= vote == Vote::NoMemory as u8;
-        self.too_large |= vote == Vote::TooLarge as u8;
-        let Some(participant) = self
-            .participants
-            .iter_mut()
-            .find(|participant| participant.core == core)
-        else {
+        let prepares = self.phase == Phase::Prepare;
+        let participant = self.participant(core);
+        if participant.outdated > 0 {
+            participant.outdated -= 1;
+            (0..splices).for_each(|_| drop(source.take_splice()));
             return;
-        };
-        if self.phase == Phase::Prepare {
-            participant.checks = checks;
         }
+        let mut reader = Reader(&source.flat[start..start + length]);
+        participant.vote = Some(Vote::from_number(reader.u8()));
+        let read_bytes = reader.u64();
+        let count = usize::from(reader.u16());
+        let checks = reader.bytes(count);
+        if prepares {
+            participant.read_bytes = read_bytes;
+            participant.checks.clear();
+            participant.checks.extend(checks.iter().map(|held| *held == 1));
+        }
+        let left = reader.0.len();
         participant
             .results
             .append_from(source, start + length - left, left, splices);
     }
 
+    /// A participant says that an older request waits for what it has locked, the time it was told to prepare for the
+    /// `attempt`th time. Returns who is to be told [`Decision::Again`]; nobody when it is too late for that.
+    pub(crate) fn wound(&mut self, core: u16, attempt: u32) -> Vec<u16> {
+        if self.phase != Phase::Prepare || self.participant(core).attempt != attempt {
+            return vec![];
+        }
+        let mut again = vec![];
+        for participant in &mut self.participants {
+            match participant.vote.take() {
+                Some(_) => participant.results.clear(usize::MAX),
+                // It has locked, or it would not be in the way: its answer is behind the wound.
+                None if participant.core == core => participant.outdated += 1,
+                None => continue,
+            }
+            participant.attempt += 1;
+            again.push(participant.core);
+        }
+        again
+    }
+
     /// What to do now.
     pub(crate) fn next(&mut self) -> Next {
-        if self.missing > 0 {
+        if self.participants.iter().any(|participant| participant.vote.is_none()) {
             return Next::Wait;
         }
         if let Phase::Decide(_) = self.phase {
             return Next::Finish;
         }
-        if self.refused {
-            self.refused = false;
-            self.no_memory = false;
-            self.too_large = false;
-            self.read_bytes = 0;
-            for participant in &mut self.participants {
-                participant.results.clear(0);
-            }
-            self.missing = self.participants.len();
-            return Next::Ask(Decision::Again);
-        }
-        let held = self
-            .participants
-            .iter()
-            .flat_map(|participant| &participant.checks)
-            .all(|held| *held);
-        let end = if self.no_memory {
+        let said = |vote| {
+            self.participants
+                .iter()
+                .any(|participant| participant.vote == Some(vote))
+        };
+        let read_bytes: u64 = self.participants.iter().map(|participant| participant.read_bytes).sum();
+        let mut checks = self.participants.iter().flat_map(|participant| &participant.checks);
+        let end = if said(Vote::NoMemory) {
             TxnEnd::OutOfMemory
-        } else if self.too_large || self.read_bytes > self.read_bytes_max {
+        } else if said(Vote::TooLarge) || read_bytes > self.read_bytes_max {
             TxnEnd::TooLarge
-        } else if held {
+        } else if checks.all(|held| *held) {
             TxnEnd::Success
         } else {
             TxnEnd::Failure
@@ -304,7 +326,9 @@ impl Coordinator {
         if matches!(end, TxnEnd::OutOfMemory | TxnEnd::TooLarge) || !acts {
             return Next::FinishAnd(Decision::Release);
         }
-        self.missing = self.participants.len();
+        for participant in &mut self.participants {
+            participant.vote = None;
+        }
         Next::Ask(match end {
             TxnEnd::Success => Decision::Success,
             _ => Decision::Failure,
@@ -403,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_starts_over() {
+    fn a_wounded_one_prepares_again() {
         let order = [
             (Role::Check, 0),
             (Role::Success, 0),
@@ -416,12 +440,18 @@ mod tests {
             (false, Decision::Failure, vec!["<f1>"]),
         ] {
             let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
-            say(&mut txn, 1, Vote::Refused, &[], &[]);
+            say(&mut txn, 0, Vote::Prepared, &[false], &[]);
+            assert_eq!(txn.wound(0, 0), [0]);
+            assert!(txn.wound(0, 0).is_empty(), "that was the attempt before");
             say(&mut txn, 0, Vote::Prepared, &[true], &[]);
-            assert_eq!(txn.next(), Next::Ask(Decision::Again));
+            // The wound overtakes what the core answered before it.
+            assert_eq!(txn.wound(1, 0), [0, 1]);
+            say(&mut txn, 1, Vote::NoMemory, &[!held], &["old"]);
+            say(&mut txn, 0, Vote::Prepared, &[true], &[]);
+            assert_eq!(txn.next(), Next::Wait);
             say(&mut txn, 1, Vote::Prepared, &[held], &[]);
-            say(&mut txn, 0, Vote::Prepared, &[true], &[]);
             assert_eq!(txn.next(), Next::Ask(decision));
+            assert!(txn.wound(1, 1).is_empty(), "it is decided");
             let of = |core: u16| match (held, core) {
                 (true, 0) => vec!["s0"],
                 (true, _) => vec!["s1"],

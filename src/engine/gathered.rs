@@ -3,7 +3,7 @@
 use super::{Engine, count_answered};
 use crate::encoding::Rope;
 use crate::gather::{Gather, Gathered};
-use crate::link::{BROADCAST_COST_BYTES, Return, Wish};
+use crate::link::{BROADCAST_COST_BYTES, Request, Return, Wish, read_wound};
 use crate::locks::TxnId;
 use crate::metrics::{ConnectionFacts, Prefixes, Report};
 use crate::model::{Broadcast, Class, Transaction, TxnEnd};
@@ -153,11 +153,7 @@ impl Engine {
         if !self.take_credits(session, id, costs, resumed) {
             return false;
         }
-        self.last_txn = self.last_txn.max(self.now_ns) + 1;
-        let txn = TxnId {
-            clock: self.last_txn,
-            core: self.core.0,
-        };
+        let txn = self.next_age();
         let order = placed.iter().map(|placed| (placed.wish.role(), placed.core)).collect();
         let coordinator = Coordinator::new(txn, order, costs, scope, self.config.limits.response_bytes_max());
         let forwarded = costs.iter().any(|(core, _)| *core != self.core.0);
@@ -165,6 +161,9 @@ impl Engine {
         let number = session.expect_gathered(class, forwarded, gather);
         // Nothing behind it is begun before it is done.
         session.blocked = Blocked::Own;
+        if distributed {
+            self.coordinated.insert(txn, (id, number));
+        }
         let to = self.return_to(session, id, number);
         let mut starts = vec![0; self.links.len()];
         for (core, _) in costs {
@@ -198,13 +197,15 @@ impl Engine {
                     Next::Finish => None,
                 };
                 if let Some(decision) = decision {
-                    self.metrics.counters.txn_retries += u64::from(decision == Decision::Again);
                     for core in coordinator.cores() {
                         self.links[usize::from(core)].push_decision(to, coordinator.id, decision);
                     }
                 }
                 if let Next::Ask(_) = next {
                     return;
+                }
+                if coordinator.is_distributed() {
+                    self.coordinated.remove(&coordinator.id);
                 }
                 for core in coordinator.cores().filter(|core| *core != self.core.0) {
                     self.links[usize::from(core)].release_credit(coordinator.cost_bytes(core));
@@ -239,6 +240,39 @@ impl Engine {
         }
         let metrics = &mut self.metrics;
         session.fill_gathered(number, reply, |slot| count_answered(metrics, slot));
+    }
+
+    /// The age of what begins now: no two are the same.
+    pub(super) fn next_age(&mut self) -> TxnId {
+        self.last_age = self.last_age.max(self.now_ns) + 1;
+        TxnId {
+            clock: self.last_age,
+            core: self.core.0,
+        }
+    }
+
+    /// A core says that one of this core's transactions is in the way of an older request there.
+    pub(super) fn wounded(&mut self, link: usize, request: &Request<'_>) {
+        let (txn, attempt) = read_wound(request);
+        // It may have ended meanwhile.
+        let Some((id, number)) = self.coordinated.get(&txn).copied() else {
+            return;
+        };
+        let Some(mut session) = self.sessions.take(id) else {
+            return;
+        };
+        if let Ok(gather) = session.gather(number)
+            && let Gathered::Txn(coordinator) = &mut gather.of
+        {
+            let again = coordinator.wound(link as u16, attempt);
+            self.metrics.counters.txn_retries += u64::from(!again.is_empty());
+            let to = self.return_to(&session, id, number);
+            for core in again {
+                self.links[usize::from(core)].push_decision(to, txn, Decision::Again);
+            }
+            self.unsettled = true;
+        }
+        self.sessions.restore(id, session);
     }
 
     pub(super) fn server_facts(&self) -> ServerFacts<'_> {

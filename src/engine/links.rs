@@ -65,13 +65,9 @@ impl Engine {
                 report.push(&mut self.links[link].replies().flat);
                 self.links[link].finish_reply(start);
             }
-            Kind::Whole | Kind::Prepare | Kind::Decide => {
-                self.unsettled = true;
-                match request.kind {
-                    Kind::Decide => self.decide(link, &request),
-                    _ => self.serve_part(link, &request, large),
-                }
-            }
+            Kind::Whole | Kind::Prepare => self.serve_part(link, &request, large),
+            Kind::Decide => self.decide(link, &request),
+            Kind::Wound => self.wounded(link, &request),
         }
     }
 

@@ -4,7 +4,7 @@
 use super::{Engine, Target, WINDOW};
 use crate::encoding::{Reader, Rope, read_command};
 use crate::link::{Kind, Member, PartRecord, Request, read_decision};
-use crate::locks::{Entered, Mode, Target as Lock, TxnId};
+use crate::locks::{Entered, Mode, Target as Lock, TxnId, Who};
 use crate::model::Command;
 use crate::shard::Price;
 use crate::txn::{Decision, Role, Scope, Vote, amend_vote, begin_result, finish_result, push_vote};
@@ -51,8 +51,12 @@ pub(super) enum Waiter {
 #[derive(Debug)]
 pub(super) struct Part {
     parked: Parked,
-    /// Its place in the lock table, unless it was refused one.
-    ticket: Option<u32>,
+    /// Its place in the lock table.
+    ticket: u32,
+    /// How often it was told to prepare again.
+    attempt: u32,
+    /// It has its locks, and has said so.
+    voted: bool,
     /// Bytes set aside for its writes.
     reserved: usize,
 }
@@ -94,13 +98,16 @@ fn wants(record: &PartRecord<'_>) -> impl Iterator<Item = (Lock, Mode)> {
 impl Engine {
     /// Serves a part of a transaction, or all of one that needs no other core.
     pub(super) fn serve_part(&mut self, link: usize, request: &Request<'_>, large: &mut Rope) {
+        self.unsettled = true;
         let record = PartRecord::read(request);
         let splices = members(record.members).filter(Member::reads_large).count();
         let parked = Parked::new(link, request.record, splices, large);
         if request.kind == Kind::Prepare {
             let part = Part {
                 parked,
-                ticket: None,
+                ticket: 0,
+                attempt: 0,
+                voted: false,
                 reserved: 0,
             };
             return self.prepare(record.id, part);
@@ -134,14 +141,17 @@ impl Engine {
         true
     }
 
-    /// Enters a request that is executed as soon as it has its locks, which are not free now.
+    /// Enters a request that is executed as soon as it has its locks. It does not have them now, unless those that are in its
+    /// way are younger, on a core whose clock runs ahead, and cannot use them yet.
     fn wait_for_locks(&mut self, wants: Vec<(Lock, Mode)>, parked: Parked) {
         self.metrics.counters.lock_waits += 1;
-        match self.locks.enter(None, wants) {
+        self.unsettled = true;
+        let age = self.next_age();
+        match self.locks.enter(Who::Instant(age), wants) {
             Entered::Waiting(ticket) => {
                 self.waiters.insert(ticket, Waiter::Instant(parked));
             }
-            Entered::Granted(_) | Entered::Refused => unreachable!("it is blocked, and waits for anybody"),
+            Entered::Granted(ticket) => self.execute_instant(parked, ticket),
         }
     }
 
@@ -155,20 +165,22 @@ impl Engine {
                     self.parts.insert(id, part);
                 }
             }
-            Some(Waiter::Instant(mut parked)) => {
-                let flat = std::mem::take(&mut parked.record.flat);
-                let request = Request::read(&mut Reader(&flat));
-                if request.kind == Kind::Command {
-                    let value = parked.record.take_splice().map(|splice| splice.bytes);
-                    let command = read_command(&mut { request.body }, value.as_ref());
-                    self.answer_command(parked.link, &request, &command);
-                } else {
-                    parked.record.flat = flat;
-                    self.execute_whole(&parked);
-                }
-                self.locks.leave(ticket);
-            }
+            Some(Waiter::Instant(parked)) => self.execute_instant(parked, ticket),
         }
+    }
+
+    fn execute_instant(&mut self, mut parked: Parked, ticket: u32) {
+        let flat = std::mem::take(&mut parked.record.flat);
+        let request = Request::read(&mut Reader(&flat));
+        if request.kind == Kind::Command {
+            let value = parked.record.take_splice().map(|splice| splice.bytes);
+            let command = read_command(&mut { request.body }, value.as_ref());
+            self.answer_command(parked.link, &request, &command);
+        } else {
+            parked.record.flat = flat;
+            self.execute_whole(&parked);
+        }
+        self.locks.leave(ticket);
     }
 
     /// Executes a transaction that needs no other core.
@@ -217,28 +229,37 @@ impl Engine {
     fn prepare(&mut self, id: TxnId, mut part: Part) {
         let request = Request::read(&mut Reader(&part.parked.record.flat));
         let record = PartRecord::read(&request);
-        match self.locks.enter(Some(id), wants(&record).collect()) {
+        match self.locks.enter(Who::Transaction(id), wants(&record).collect()) {
             Entered::Granted(ticket) => {
-                part.ticket = Some(ticket);
+                part.ticket = ticket;
                 self.vote(&mut part);
             }
             Entered::Waiting(ticket) => {
-                part.ticket = Some(ticket);
+                part.ticket = ticket;
                 self.metrics.counters.lock_waits += 1;
                 self.waiters.insert(ticket, Waiter::Part(id));
-            }
-            Entered::Refused => {
-                let link = &mut self.links[part.parked.link];
-                let start = link.begin_reply(request.to);
-                push_vote(&mut link.replies().flat, Vote::Refused, 0, &[]);
-                link.finish_reply(start);
             }
         }
         self.parts.insert(id, part);
     }
 
+    /// A part that has its locks is in the way of an older request: its coordinator is told.
+    pub(super) fn tell_of_wound(&mut self, id: TxnId) {
+        if let Some(part) = self.parts.get(&id).filter(|part| part.voted) {
+            self.links[usize::from(id.core)].push_wound(id, part.attempt);
+        }
+    }
+
+    fn unlock(&mut self, part: &Part) {
+        if !part.voted {
+            self.waiters.remove(&part.ticket);
+        }
+        self.locks.leave(part.ticket);
+    }
+
     /// A part has its locks: evaluates its checks, sets memory aside, and says so; or reads what it is to read.
     fn vote(&mut self, part: &mut Part) {
+        part.voted = true;
         let link = part.parked.link;
         let request = Request::read(&mut Reader(&part.parked.record.flat));
         let record = PartRecord::read(&request);
@@ -265,7 +286,7 @@ impl Engine {
     pub(super) fn decide(&mut self, link: usize, request: &Request<'_>) {
         let (id, decision) = read_decision(request);
         let Some(mut part) = self.parts.remove(&id) else { return };
-        let ticket = part.ticket.take();
+        self.unsettled = true;
         let reserved = std::mem::take(&mut part.reserved);
         let executed = match decision {
             Decision::Again | Decision::Release => None,
@@ -283,10 +304,10 @@ impl Engine {
         } else {
             self.shards.budget.release(reserved);
         }
-        if let Some(ticket) = ticket {
-            self.locks.leave(ticket);
-        }
+        self.unlock(&part);
         if decision == Decision::Again {
+            part.attempt += 1;
+            part.voted = false;
             self.prepare(id, part);
         }
     }
