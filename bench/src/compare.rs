@@ -174,6 +174,18 @@ pub fn compare(
         .as_ref()
         .map(|name| place_of(name, "--against"))
         .transpose()?;
+    let config_of = |server: &Server| RunConfig {
+        protocol: server.protocol,
+        target: server.address,
+        route: server.route,
+        verify: server.verify_values.unwrap_or(base.verify),
+        server_pid: server.pid,
+        ..base.clone()
+    };
+    // One that cannot be asked for this would end the comparison after the others have been measured.
+    for server in servers {
+        driver::check(&config_of(server)).map_err(|e| format!("{}: {e}", server.name))?;
+    }
     for server in servers {
         server.pause();
     }
@@ -189,16 +201,11 @@ pub fn compare(
         // A process that was stopped has timers to catch up with.
         std::thread::sleep(Duration::from_millis(100));
         let config = RunConfig {
-            protocol: server.protocol,
-            target: server.address,
-            route: server.route,
-            verify: server.verify_values.unwrap_or(base.verify),
             pipeline,
             rate,
-            server_pid: server.pid,
             preload: base.preload && !preloaded[which],
             sequence: round as u64,
-            ..base.clone()
+            ..config_of(server)
         };
         let result = driver::run(&config, &mut |_| {});
         server.pause();

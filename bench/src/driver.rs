@@ -2,12 +2,13 @@
 
 use crate::io::{self, Engine};
 use crate::process::{CpuSample, CpuShares, ProcessSample, ServerUse, pin, precise_timers, raise_file_limit};
-use crate::protocol::{Protocol, ProtocolName};
+use crate::protocol::{BATCH_BYTES_MAX, Protocol, ProtocolName};
 use crate::route::Routes;
+use crate::server_counts::{Counter, TxnCounts};
 use crate::stats::{ErrorKind, Errors, WorkerSummary};
 use crate::with_protocol;
 use crate::worker::{Connection, Phase, Shared, VerifyValues, Worker, WorkerConfig};
-use crate::workload::{DistributionSpec, KeyChooser, Population, Ratio, SizeSpec};
+use crate::workload::{DistributionSpec, KeyChooser, Population, Ratio, SizeSpec, TxnSpec};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -35,6 +36,10 @@ pub struct RunConfig {
     pub ratio: Ratio,
     /// Keys per get.
     pub multi_get: usize,
+    /// Entries per set.
+    pub multi_set: usize,
+    /// What the transactions are, if every request is one.
+    pub txn: Option<TxnSpec>,
     /// Number of keys.
     pub keys: u64,
     /// Sizes of keys in bytes.
@@ -93,6 +98,9 @@ pub struct Outcome {
     pub errors: Errors,
     /// What the server used, if its process is known.
     pub server: Option<ServerUse>,
+    /// What the server counted of requests for several keys from the beginning of the window to the last reply, if there
+    /// are such and it can be asked.
+    pub txns: Option<TxnCounts>,
     /// What all CPUs of the machine did, whoever ran on them.
     pub machine: CpuShares,
     /// Why the run ended early, if it did.
@@ -145,11 +153,27 @@ pub fn connect(targets: &[SocketAddr], n: usize) -> Result<Vec<TcpStream>, Strin
     Ok(sockets)
 }
 
-/// Checks what no single argument can know.
-fn check<P: Protocol>(config: &RunConfig) -> Result<(), String> {
+/// Checks what no single argument can know, without asking the server.
+///
+/// # Errors
+///
+/// A sentence naming cause and remedy.
+pub fn check(config: &RunConfig) -> Result<(), String> {
+    with_protocol!(config.protocol, P => check_protocol::<P>(config).map(drop))
+}
+
+/// The same; the keys and values of the run.
+fn check_protocol<P: Protocol>(config: &RunConfig) -> Result<Population, String> {
     let fail = |text: String| Err(text);
-    if config.connections == 0 || config.pipeline == 0 || config.threads == 0 || config.multi_get == 0 {
-        return fail("--connections, --pipeline, --threads and --multi-get must be at least 1".into());
+    let least = [
+        config.connections,
+        config.pipeline,
+        config.threads,
+        config.multi_get,
+        config.multi_set,
+    ];
+    if least.contains(&0) {
+        return fail("--connections, --pipeline, --threads, --multi-get and --multi-set must be at least 1".into());
     }
     if config.threads > config.connections {
         let (threads, connections) = (config.threads, config.connections);
@@ -166,10 +190,80 @@ fn check<P: Protocol>(config: &RunConfig) -> Result<(), String> {
             P::NAME
         ));
     }
+    let (width, most) = (config.multi_set, P::MULTI_SET_MAX);
+    if width > most {
+        return fail(match most {
+            1 => format!("the protocol {} has no multi-set; leave --multi-set out", P::NAME),
+            _ => format!("--multi-set {width}: a server takes at most {most} entries in one request"),
+        });
+    }
     if config.rate.is_some_and(|rate| !(rate > 0.0 && rate <= 1e9)) {
         return fail("--rate must be above 0 and at most 1000000000 requests per second".into());
     }
-    Ok(())
+    if let Some(txn) = config.txn {
+        check_txn::<P>(config, txn)?;
+    }
+    let population = Population::new(config.keys, config.key_size, config.value_size, config.seed)?;
+    let (key, (value_min, value)) = (population.max_key_size(), population.value_size_range());
+    if key > P::MAX_KEY {
+        let (size, name, max) = (config.key_size, P::NAME, P::MAX_KEY);
+        return fail(format!(
+            "--key-size {size}: the protocol {name} allows keys of at most {max} bytes"
+        ));
+    }
+    if P::TEXT_VALUES && value_min == 0 {
+        let (size, name) = (config.value_size, P::NAME);
+        return fail(format!(
+            "--value-size {size}: the protocol {name} has no empty values; use at least 1 byte"
+        ));
+    }
+    // What the server counts beside a key and its value, about.
+    const BESIDE: usize = 64;
+    let (option, operations, reads) = match config.txn {
+        Some(txn) => ("--txn", txn.operations, usize::from(txn.checked)),
+        None => ("--multi-set", config.multi_set, 0),
+    };
+    let bytes = operations as u64 * ((key + BESIDE) * (1 + reads) + value) as u64;
+    if operations > 1 && bytes > BATCH_BYTES_MAX {
+        return fail(format!(
+            "{option} {operations}: with keys of {} and values of {} bytes a request has up to {bytes} bytes, and a server \
+             takes at most {BATCH_BYTES_MAX}; use fewer or smaller ones",
+            config.key_size, config.value_size
+        ));
+    }
+    Ok(population)
+}
+
+/// Checks whether such transactions can be made.
+fn check_txn<P: Protocol>(config: &RunConfig, txn: TxnSpec) -> Result<(), String> {
+    let (n, most) = match txn.checked {
+        true => (txn.operations, P::CHECKED_TXN_MAX),
+        false => (txn.operations, P::TXN_MAX),
+    };
+    let wrong = if most == 0 {
+        format!(
+            "the protocol {} has no transactions; use protobuf or json-line",
+            P::NAME
+        )
+    } else if n == 0 {
+        "a transaction needs at least 1 operation".into()
+    } else if n > most {
+        let kind = if txn.checked { "an optimistic" } else { "a" };
+        format!(
+            "on {} a server takes {kind} transaction of at most {most} operations",
+            P::NAME
+        )
+    } else if n as u64 > config.keys {
+        let keys = config.keys;
+        format!("its operations are on different keys, and there are only {keys}; use more --keys")
+    } else if config.route {
+        "the keys of a transaction may belong to several cores; leave --route out".into()
+    } else if config.multi_get > 1 || config.multi_set > 1 {
+        "every request is a transaction; leave --multi-get and --multi-set out".into()
+    } else {
+        return Ok(());
+    };
+    Err(format!("--txn {n}: {wrong}"))
 }
 
 /// Runs the workload. `watch` is called several times a second.
@@ -182,14 +276,7 @@ pub fn run(config: &RunConfig, watch: &mut dyn FnMut(View)) -> Result<Outcome, S
 }
 
 fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) -> Result<Outcome, String> {
-    check::<P>(config)?;
-    let population = Population::new(config.keys, config.key_size, config.value_size, config.seed)?;
-    if population.max_key_size() > P::MAX_KEY {
-        let (size, name, max) = (config.key_size, P::NAME, P::MAX_KEY);
-        return Err(format!(
-            "--key-size {size}: the protocol {name} allows keys of at most {max} bytes"
-        ));
-    }
+    let population = check_protocol::<P>(config)?;
     if let Some(pid) = config.server_pid {
         ProcessSample::take(pid).map_err(|e| format!("--server-pid {pid}: {e}; give the id of a running process"))?;
     }
@@ -200,6 +287,7 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
     } else {
         (vec![config.target], vec![chooser])
     };
+    let mut counter = Counter::new(config);
     let mut sockets = connect(&targets, config.connections)?;
     // By chooser: how many connections it has, and how many of them have got their part of the preload.
     let connections_of = |chooser: usize| (config.connections - chooser).div_ceil(choosers.len()) as u64;
@@ -215,6 +303,8 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
                     pipeline: config.pipeline,
                     ratio: config.ratio,
                     multi_get: config.multi_get,
+                    multi_set: config.multi_set,
+                    txn: config.txn,
                     verify: config.verify,
                     preload: config.preload,
                     seed: config.seed ^ crate::workload::mix(config.sequence),
@@ -254,12 +344,13 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
                     let mut worker = Worker::<P>::new(worker_config, population, choosers, shared, index, preload);
                     io::run(config.engine, &mut worker, &mut connections)
                         .map_err(|e| format!("cannot wait for sockets: {e}; try another --io"))?;
-                    Ok(worker.tally.into_summary())
+                    let answered = connections.iter().map(|connection| connection.answered).collect();
+                    Ok(worker.tally.into_summary(answered))
                 })
             })
             .collect();
 
-        let watched = watch_over(config, &shared, watch);
+        let watched = watch_over(config, &shared, &mut counter, watch);
         let mut workers = Vec::new();
         for thread in threads {
             workers.push(
@@ -285,6 +376,7 @@ fn run_protocol<P: Protocol>(config: &RunConfig, watch: &mut dyn FnMut(View)) ->
             started: watched.started,
             errors,
             server: watched.server,
+            txns: counter.end(),
             machine: watched.machine,
             cut: watched.cut,
         })
@@ -307,7 +399,7 @@ struct Watched {
 }
 
 /// Takes the workers through the phases. The server's CPU time is read at both ends of the measured window.
-fn watch_over(config: &RunConfig, shared: &Shared, watch: &mut dyn FnMut(View)) -> Watched {
+fn watch_over(config: &RunConfig, shared: &Shared, counter: &mut Counter, watch: &mut dyn FnMut(View)) -> Watched {
     let replies = || {
         shared
             .progress
@@ -359,6 +451,9 @@ fn watch_over(config: &RunConfig, shared: &Shared, watch: &mut dyn FnMut(View)) 
     if cut.is_none() {
         shared.enter(Phase::WarmUp);
         cut = pass(Phase::WarmUp, Some(config.warmup), &|| false);
+    }
+    if cut.is_none() {
+        counter.begin();
     }
     let sample = || config.server_pid.and_then(|pid| ProcessSample::take(pid).ok());
     let (before, cpus_before, started) = (sample(), CpuSample::take(), SystemTime::now());

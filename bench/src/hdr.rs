@@ -71,6 +71,9 @@ mod tests {
             hits: 2000,
             misses: 0,
             received: 0,
+            retries: 0,
+            retries_max: 0,
+            answered: Vec::new(),
             waited_ns: 0,
             errors: Errors::default(),
             intervals: vec![interval(5_000_000_000, latency_ns), interval(6_000_000_000, latency_ns)],
@@ -82,6 +85,7 @@ mod tests {
             started: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
             errors: Errors::default(),
             server: None,
+            txns: None,
             machine: CpuShares {
                 cpus: 1,
                 busy: 0.0,

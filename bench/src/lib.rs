@@ -10,6 +10,7 @@ pub mod process;
 pub mod protocol;
 pub mod report;
 pub mod route;
+pub mod server_counts;
 pub mod servers;
 pub mod stats;
 pub mod verify;

@@ -13,7 +13,7 @@ use memkv_bench::report::{Report, grouped};
 use memkv_bench::servers::{Server, known, read_targets};
 use memkv_bench::verify::{VerifyConfig, verify};
 use memkv_bench::worker::{Phase, VerifyValues};
-use memkv_bench::workload::{DistributionSpec, Ratio, SizeSpec};
+use memkv_bench::workload::{DistributionSpec, Ratio, SizeSpec, TxnSpec};
 use memkv_bench::{echo, hdr, plot};
 use serde::Serialize;
 use std::fs::File;
@@ -139,6 +139,17 @@ struct WorkArgs {
     /// Keys per get; above 1, gets become multi-gets
     #[arg(long, value_name = "WIDTH", default_value_t = 1)]
     multi_get: usize,
+    /// Entries per set; above 1, sets become multi-sets, but not those of --preload (protobuf only)
+    #[arg(long, value_name = "WIDTH", default_value_t = 1)]
+    multi_set: usize,
+    /// Make every request a transaction of this many operations on different keys, each a get, set or delete by --ratio
+    /// (protobuf and json-line)
+    #[arg(long, value_name = "N")]
+    txn: Option<usize>,
+    /// Make the transactions optimistic: read --txn keys, then write them all if none has changed; if one has, try again at
+    /// once
+    #[arg(long, requires = "txn", conflicts_with = "ratio")]
+    checked: bool,
     /// Number of keys
     #[arg(long, value_name = "N", default_value_t = 1_000_000)]
     keys: u64,
@@ -178,7 +189,7 @@ struct VerifyArgs {
     /// Longest value in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 1000)]
     max_value: usize,
-    /// Make values of letters and digits only, instead of any bytes
+    /// Make values of letters and digits only, instead of any bytes (json-line: any characters)
     #[arg(long)]
     printable: bool,
     /// Seed of keys and values
@@ -326,6 +337,11 @@ fn config(load: &LoadArgs, work: &WorkArgs, count: Option<u64>) -> Result<RunCon
         cpus: Vec::new(),
         ratio: work.ratio,
         multi_get: work.multi_get,
+        multi_set: work.multi_set,
+        txn: work.txn.map(|operations| TxnSpec {
+            operations,
+            checked: work.checked,
+        }),
         keys: work.keys,
         key_size: work.key_size,
         value_size: work.value_size,

@@ -2,6 +2,7 @@
 
 use crate::driver::{Cut, Outcome, RunConfig};
 use crate::process::ServerUse;
+use crate::server_counts::TxnCounts;
 use crate::stats::{ErrorKind, Histograms, WorkerSummary, histograms};
 use crate::workload::Command;
 use hdrhistogram::Histogram;
@@ -13,6 +14,8 @@ use std::fmt::Write;
 pub struct Latency {
     /// Arithmetic mean.
     pub mean_us: f64,
+    /// The quickest.
+    pub min_us: f64,
     /// Half of the requests were at least this quick.
     pub p50_us: f64,
     /// Nine of ten.
@@ -33,6 +36,7 @@ impl Latency {
         let at = |quantile: f64| histogram.value_at_quantile(quantile) as f64 / 1000.0;
         Latency {
             mean_us: histogram.mean() / 1000.0,
+            min_us: histogram.min() as f64 / 1000.0,
             p50_us: at(0.5),
             p90_us: at(0.9),
             p99_us: at(0.99),
@@ -66,6 +70,32 @@ pub struct ErrorReport {
     /// The first words seen.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub example: String,
+}
+
+/// What came of transactions.
+#[derive(Debug, Clone, Serialize)]
+pub struct TxnReport {
+    /// Operations of each.
+    pub operations: usize,
+    /// Whether they were optimistic.
+    pub checked: bool,
+    /// Transactions committed in the measured window.
+    pub committed: u64,
+    /// The same per second.
+    pub committed_per_second: f64,
+    /// Attempts that failed in the window because a key had changed, each of which was tried again at once.
+    pub retries: u64,
+    /// The most of these that one transaction made.
+    pub retries_max: u64,
+}
+
+/// How evenly connections were served.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Fairness {
+    /// The fewest good replies that any connection got in the measured window.
+    pub fewest: u64,
+    /// The most.
+    pub most: u64,
 }
 
 /// What the generator itself used.
@@ -141,6 +171,11 @@ pub struct Report {
     pub received_bytes_per_second: f64,
     /// Per command, and all of them together at the end.
     pub commands: Vec<CommandReport>,
+    /// Transactions, if every request was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub txn: Option<TxnReport>,
+    /// Good replies by connection.
+    pub per_connection: Fairness,
     /// Errors by kind.
     pub errors: Vec<ErrorReport>,
     /// What the generator used.
@@ -148,6 +183,9 @@ pub struct Report {
     /// What the server used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server: Option<ServerUse>,
+    /// What the server counted of requests for several keys; from the beginning of the window to the last reply.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server_txns: Option<TxnCounts>,
     /// CPU time that neither server nor generator used, by wall time; known if the server's process is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub others_cores: Option<f64>,
@@ -190,12 +228,13 @@ impl Report {
         if commands.len() > 1 {
             commands.push(row("all", &together(&latencies)));
         }
-        let answered = outcome.operations + outcome.errors.total();
-        let rate_kept = config.rate.map(|rate| answered as f64 >= 0.98 * rate * seconds);
+        let replies = outcome.operations + outcome.errors.total();
+        let rate_kept = config.rate.map(|rate| replies as f64 >= 0.98 * rate * seconds);
         let generator = generator(outcome, rate_kept == Some(true));
         let hits: u64 = outcome.workers.iter().map(|w| w.hits).sum();
         let misses: u64 = outcome.workers.iter().map(|w| w.misses).sum();
         let received: u64 = outcome.workers.iter().map(|w| w.received).sum();
+        let answered = || outcome.workers.iter().flat_map(|w| w.answered.iter().copied());
         Report {
             protocol: config.protocol.name(),
             target: config.target.to_string(),
@@ -214,6 +253,18 @@ impl Report {
             hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),
             received_bytes_per_second: received as f64 / seconds,
             commands,
+            txn: config.txn.map(|txn| TxnReport {
+                operations: txn.operations,
+                checked: txn.checked,
+                committed: outcome.operations,
+                committed_per_second: outcome.operations as f64 / seconds,
+                retries: outcome.workers.iter().map(|w| w.retries).sum(),
+                retries_max: outcome.workers.iter().map(|w| w.retries_max).max().unwrap_or(0),
+            }),
+            per_connection: Fairness {
+                fewest: answered().min().unwrap_or(0),
+                most: answered().max().unwrap_or(0),
+            },
             errors: outcome
                 .errors
                 .seen()
@@ -230,6 +281,7 @@ impl Report {
             stolen_share: outcome.machine.stolen,
             generator,
             server: outcome.server.clone(),
+            server_txns: outcome.txns,
             cut: outcome.cut.as_ref().map(|cut| match cut {
                 Cut::ServerGone => "the server went away",
                 Cut::Stalled => "the server stopped answering",
@@ -267,7 +319,12 @@ impl Report {
             writeln!(out, "THE RUN ENDED EARLY: {cut}; this is what was measured until then")?;
         }
         writeln!(out)?;
-        write!(out, "throughput  {} operations/s", grouped(self.operations_per_second))?;
+        let unit = if self.txn.is_some() {
+            "transactions"
+        } else {
+            "operations"
+        };
+        write!(out, "throughput  {} {unit}/s", grouped(self.operations_per_second))?;
         writeln!(
             out,
             "  ({} in {:.2} s)",
@@ -281,9 +338,20 @@ impl Report {
             }
             None => writeln!(out, "hit rate    - (no good replies to gets)")?,
         }
+        if let Some(txn) = self.txn.as_ref().filter(|txn| txn.checked) {
+            let each = txn.retries as f64 / txn.committed.max(1) as f64;
+            let (retries, most) = (grouped(txn.retries as f64), txn.retries_max);
+            writeln!(
+                out,
+                "retries     {retries} because a key had changed ({each:.3} per transaction committed, at most {most})"
+            )?;
+        }
+        let Fairness { fewest, most } = self.per_connection;
+        let (fewest, most) = (grouped(fewest as f64), grouped(most as f64));
+        writeln!(out, "fairness    {fewest} to {most} {unit} per connection")?;
         writeln!(out)?;
-        write!(out, "{:<10}{:>14}", "latency", "operations/s")?;
-        for name in ["mean", "p50", "p90", "p99", "p99.9", "p99.99", "max"] {
+        write!(out, "{:<10}{:>14}", "latency", format!("{unit}/s"))?;
+        for name in ["mean", "min", "p50", "p90", "p99", "p99.9", "p99.99", "max"] {
             write!(out, "{name:>11}")?;
         }
         writeln!(out, "   (microseconds)")?;
@@ -292,6 +360,7 @@ impl Report {
             let l = &row.latency;
             for value in [
                 l.mean_us,
+                l.min_us,
                 l.p50_us,
                 l.p90_us,
                 l.p99_us,
@@ -351,6 +420,15 @@ impl Report {
                 server.resident_bytes as f64 / (1 << 20) as f64,
             )?;
         }
+        if let Some(counts) = &self.server_txns {
+            writeln!(
+                out,
+                "counted     by the server: {} requests for several keys, {} times that one started over, {} waits for locks",
+                grouped(counts.txns as f64),
+                grouped(counts.txn_retries as f64),
+                grouped(counts.lock_waits as f64),
+            )?;
+        }
         if let Some(others) = self.others_cores.filter(|&cores| cores > DISTURBED) {
             writeln!(
                 out,
@@ -399,9 +477,16 @@ impl Report {
 
 /// The workload in words.
 pub(crate) fn describe(config: &RunConfig) -> String {
+    let what = match config.txn {
+        Some(txn) if txn.checked => format!("optimistic transactions that read and write {} keys", txn.operations),
+        Some(txn) => format!(
+            "transactions of {} operations, get:set:delete {}",
+            txn.operations, config.ratio
+        ),
+        None => format!("get:set:delete {}", config.ratio),
+    };
     let mut text = format!(
-        "get:set:delete {}, {} keys of {} bytes ({}), values of {} bytes",
-        config.ratio,
+        "{what}, {} keys of {} bytes ({}), values of {} bytes",
         grouped(config.keys as f64),
         config.key_size,
         config.distribution,
@@ -409,6 +494,9 @@ pub(crate) fn describe(config: &RunConfig) -> String {
     );
     if config.multi_get > 1 {
         text += &format!(", {} keys per get", config.multi_get);
+    }
+    if config.multi_set > 1 {
+        text += &format!(", {} entries per set", config.multi_set);
     }
     if config.route {
         text += ", each request to the core that owns its key";
@@ -540,6 +628,9 @@ mod tests {
             hits: 0,
             misses: 0,
             received: 0,
+            retries: 0,
+            retries_max: 0,
+            answered: Vec::new(),
             waited_ns: ns(spun),
             errors: Errors::default(),
             intervals: Vec::new(),
@@ -560,6 +651,7 @@ mod tests {
             started: SystemTime::UNIX_EPOCH,
             errors: Errors::default(),
             server,
+            txns: None,
             machine: CpuShares {
                 cpus: 2,
                 busy: 1.0,

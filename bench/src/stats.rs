@@ -151,6 +151,8 @@ pub struct Tally {
     hits: u64,
     misses: u64,
     received: u64,
+    retries: u64,
+    retries_max: u64,
     waited_ns: u64,
     errors: Errors,
     begin: Option<(u64, CpuTime)>,
@@ -173,6 +175,8 @@ impl Tally {
             hits: 0,
             misses: 0,
             received: 0,
+            retries: 0,
+            retries_max: 0,
             waited_ns: 0,
             errors: Errors::default(),
             begin: None,
@@ -245,6 +249,13 @@ impl Tally {
         self.received += n;
     }
 
+    /// Counts an attempt of a transaction that failed because a key had changed, the `nth` of that transaction.
+    #[inline(always)]
+    pub fn retry(&mut self, nth: u64) {
+        self.retries += 1;
+        self.retries_max = self.retries_max.max(nth);
+    }
+
     /// Counts time spent spinning.
     #[inline(always)]
     pub fn waited(&mut self, ns: u64) {
@@ -259,8 +270,8 @@ impl Tally {
         }
     }
 
-    /// Ends the statistics.
-    pub fn into_summary(self) -> WorkerSummary {
+    /// Ends the statistics. `answered` are the good replies by connection.
+    pub fn into_summary(self, answered: Vec<u64>) -> WorkerSummary {
         let (begin, end) = (self.begin.unwrap_or_default(), self.end.unwrap_or_default());
         WorkerSummary {
             start_ns: begin.0,
@@ -274,6 +285,9 @@ impl Tally {
             hits: self.hits,
             misses: self.misses,
             received: self.received,
+            retries: self.retries,
+            retries_max: self.retries_max,
+            answered,
             waited_ns: self.waited_ns,
             errors: self.errors,
             intervals: self.done,
@@ -298,6 +312,12 @@ pub struct WorkerSummary {
     pub misses: u64,
     /// Bytes of replies.
     pub received: u64,
+    /// Attempts of transactions that failed because a key had changed.
+    pub retries: u64,
+    /// The most of these that one transaction made.
+    pub retries_max: u64,
+    /// By connection: good replies.
+    pub answered: Vec<u64>,
     /// The part of the CPU time in which it spun and waited.
     pub waited_ns: u64,
     /// Errors of the whole run, preload included.

@@ -31,7 +31,7 @@ pub struct VerifyConfig {
     pub max_key: usize,
     /// Longest value, in bytes.
     pub max_value: usize,
-    /// Whether values are letters and digits only, instead of any bytes.
+    /// Whether values are letters and digits only, instead of all that the protocol allows: any bytes, or any text.
     pub printable: bool,
     /// Seed of keys and values.
     pub seed: u64,
@@ -93,6 +93,11 @@ struct Client {
 
 /// What random keys are made of.
 const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:";
+
+/// Characters of random text beside letters, most of which need an escape somewhere.
+const ODD: [&str; 12] = [
+    " ", "\"", "\\", "\t", "\r", "\0", "\u{1f}", "\u{7f}", "é", "说", "🐘", "\u{2028}",
+];
 
 struct Check<'a> {
     config: &'a VerifyConfig,
@@ -250,6 +255,26 @@ impl Check<'_> {
             .collect()
     }
 
+    /// A random letter or digit.
+    fn letter(&mut self) -> u8 {
+        LETTERS[self.rng.below(62) as usize]
+    }
+
+    /// Random text of `len` bytes, as [`Protocol::TEXT_VALUES`] defines it.
+    fn text(&mut self, len: usize) -> Vec<u8> {
+        let mut text = vec![self.letter()];
+        while text.len() < len {
+            let odd = ODD[self.rng.below(ODD.len() as u64) as usize];
+            // The last byte is a letter again.
+            if self.rng.below(2) == 0 && text.len() + odd.len() < len {
+                text.extend_from_slice(odd.as_bytes());
+            } else {
+                text.push(self.letter());
+            }
+        }
+        text
+    }
+
     /// Queues a set with a new key and value.
     fn begin<P: Protocol>(&mut self, client: &mut Client) {
         client.key = loop {
@@ -261,12 +286,11 @@ impl Check<'_> {
             }
         };
         let len = 1 + self.rng.below(self.config.max_value as u64) as usize;
-        client.value = (0..len)
-            .map(|_| match self.config.printable {
-                true => LETTERS[self.rng.below(62) as usize],
-                false => self.rng.next_u64() as u8,
-            })
-            .collect();
+        client.value = match self.config.printable {
+            true => (0..len).map(|_| self.letter()).collect(),
+            false if P::TEXT_VALUES => self.text(len),
+            false => (0..len).map(|_| self.rng.next_u64() as u8).collect(),
+        };
         client.command = Command::Set;
         client.out.clear();
         client.sent = 0;
@@ -310,7 +334,7 @@ impl Check<'_> {
                         let rest = client.input[len..].escape_ascii().to_string();
                         return Err((ErrorKind::Malformed, format!("more than one reply: {rest}")));
                     }
-                    self.judge(client, reply);
+                    self.judge::<P>(client, reply);
                     client.input.clear();
                     self.next::<P>(client);
                 }
@@ -318,14 +342,14 @@ impl Check<'_> {
         }
     }
 
-    fn judge(&mut self, client: &Client, reply: Reply<'_>) {
+    fn judge<P: Protocol>(&mut self, client: &Client, reply: Reply<'_>) {
         match (client.command, reply) {
             (Command::Set, Reply::Stored) => self.sets += 1,
             (Command::Set, Reply::NotStored) => self.errors.add(ErrorKind::NotStored, 1, b""),
             (_, Reply::Refused(text)) => self.errors.add(ErrorKind::Refused, 1, text),
             (_, Reply::Hit { key, value }) => {
                 self.gets += 1;
-                if value != client.value || key.is_some_and(|k| k != client.key) {
+                if *P::plain(value) != *client.value || key.is_some_and(|k| k != client.key) {
                     self.mismatches += 1;
                 }
             }

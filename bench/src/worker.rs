@@ -2,9 +2,12 @@
 //!
 //! Nothing here touches a socket; [`crate::io`] moves the bytes.
 
-use crate::protocol::{Item, KeyList, MultiReply, Parsed, Protocol, Reply};
+mod txn;
+
+use crate::protocol::{Entry, Item, KeyList, MultiReply, Parsed, Protocol, Reply, TxnState};
 use crate::stats::{ErrorKind, Tally};
-use crate::workload::{Command, KeyChooser, Population, Ratio, Rng};
+use crate::workload::{Command, KeyChooser, Population, Ratio, Rng, TxnSpec};
+use std::collections::HashSet;
 use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -105,6 +108,10 @@ pub struct WorkerConfig {
     pub ratio: Ratio,
     /// Keys per get; 1 for plain gets.
     pub multi_get: usize,
+    /// Entries per set; 1 for plain sets.
+    pub multi_set: usize,
+    /// What the transactions are, if every request is one.
+    pub txn: Option<TxnSpec>,
     /// How strictly values are compared.
     pub verify: VerifyValues,
     /// Whether to write every key before the workload.
@@ -121,35 +128,61 @@ pub struct WorkerConfig {
     pub spin: bool,
 }
 
+/// A command and a key: the command in the top eight bits, the key below.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tag(u64);
+
+const TAG_SHIFT: u32 = 56;
+
+impl Tag {
+    #[inline(always)]
+    fn new(command: Command, key: u64) -> Self {
+        Tag((command as u64) << TAG_SHIFT | key)
+    }
+
+    #[inline(always)]
+    fn command(self) -> Command {
+        Command::ALL[(self.0 >> TAG_SHIFT) as usize]
+    }
+
+    #[inline(always)]
+    fn key(self) -> u64 {
+        self.0 & ((1 << TAG_SHIFT) - 1)
+    }
+}
+
 /// A request that was sent, or queued for sending, and not answered.
 #[derive(Debug, Clone, Copy, Default)]
 struct Flight {
     /// When latency begins: the moment it was queued, or the moment the open loop meant to send it.
     start_ns: u64,
-    /// The command in the top eight bits, the key below.
-    tag: u64,
+    /// The command, and the key unless there are several.
+    tag: Tag,
 }
-
-const TAG_SHIFT: u32 = 56;
 
 impl Flight {
     #[inline(always)]
     fn new(command: Command, key: u64, start_ns: u64) -> Self {
         Flight {
             start_ns,
-            tag: (command as u64) << TAG_SHIFT | key,
+            tag: Tag::new(command, key),
         }
     }
+}
 
-    #[inline(always)]
-    fn command(self) -> Command {
-        Command::ALL[(self.tag >> TAG_SHIFT) as usize & 3]
-    }
-
-    #[inline(always)]
-    fn key(self) -> u64 {
-        self.tag & ((1 << TAG_SHIFT) - 1)
-    }
+/// What a request in flight is about, if it is about several keys.
+#[derive(Debug, Default)]
+struct Batch {
+    /// Its operations, each on one key.
+    operations: Vec<Tag>,
+    /// Which request of a transaction it is.
+    state: TxnState,
+    /// Operations before this one have been read, or read nothing.
+    unread: usize,
+    /// A part of the reply said that the transaction failed, or was wrong; this has been counted.
+    failed: bool,
+    /// How often the transaction failed before because a key had changed.
+    retries: u64,
 }
 
 /// One connection: its socket, its requests in flight, what is to be sent and what was received in part.
@@ -167,8 +200,10 @@ pub struct Connection {
     len: usize,
     /// Which of the worker's choosers draws the keys.
     chooser: usize,
-    /// The keys of multi-gets in flight, `multi_get` for each place in the ring.
-    multi_keys: Box<[u64]>,
+    /// The batches in flight, one for each place in the ring; none if all requests are about one key.
+    batches: Box<[Batch]>,
+    /// Good replies in the measured window.
+    pub(crate) answered: u64,
 }
 
 impl Connection {
@@ -180,8 +215,8 @@ impl Connection {
             config.pipeline
         };
         let ring = room.next_power_of_two();
-        let multi = if config.multi_get > 1 {
-            ring * config.multi_get
+        let batches = if config.multi_get > 1 || config.multi_set > 1 || config.txn.is_some() {
+            ring
         } else {
             0
         };
@@ -193,7 +228,8 @@ impl Connection {
             head: 0,
             len: 0,
             chooser,
-            multi_keys: vec![0; multi].into(),
+            batches: (0..batches).map(|_| Batch::default()).collect(),
+            answered: 0,
         }
     }
 
@@ -251,6 +287,26 @@ pub enum Step {
 #[derive(Debug)]
 pub struct OutOfStep;
 
+/// What a reply means for its request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// It was done.
+    Good,
+    /// It failed, which was counted.
+    Bad,
+    /// There is more of this reply to come.
+    Part,
+    /// A transaction goes on with a further request.
+    GoesOn,
+}
+
+impl From<bool> for Verdict {
+    #[inline(always)]
+    fn from(good: bool) -> Self {
+        if good { Verdict::Good } else { Verdict::Bad }
+    }
+}
+
 /// Replies with the same command and the same start, which share a latency.
 #[derive(Debug, Clone, Copy, Default)]
 struct Run {
@@ -276,6 +332,7 @@ pub struct Worker<'a, P> {
     runs: [Run; Command::ALL.len()],
     scratch: Vec<u8>,
     keys: KeyList,
+    taken: HashSet<u64>,
     items: Vec<Item>,
     drain_until: u64,
     due_ns: f64,
@@ -316,6 +373,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
             runs: Default::default(),
             scratch: Vec::with_capacity(population.max_key_size()),
             keys: KeyList::default(),
+            taken: HashSet::new(),
             items: Vec::new(),
             drain_until: u64::MAX,
             due_ns: 0.0,
@@ -484,23 +542,39 @@ impl<'a, P: Protocol> Worker<'a, P> {
 
     #[inline(always)]
     fn push_random(&mut self, connection: &mut Connection, start_ns: u64) {
+        if let Some(txn) = self.config.txn {
+            return self.push_txn(connection, txn, start_ns);
+        }
+        let command = self.draw_command();
+        let key = self.choosers[connection.chooser].pick(&mut self.rng);
+        match command {
+            Command::Get if self.config.multi_get > 1 => self.push_multi_get(connection, key, start_ns),
+            Command::Get => {
+                P::get(&mut connection.out, self.population.key(key, &mut self.scratch));
+                connection.push(Flight::new(Command::Get, key, start_ns));
+            }
+            Command::Set if self.config.multi_set > 1 => self.push_multi_set(connection, key, start_ns),
+            Command::Set => self.push_set(connection, key, start_ns),
+            _ => {
+                P::delete(&mut connection.out, self.population.key(key, &mut self.scratch));
+                connection.push(Flight::new(Command::Delete, key, start_ns));
+            }
+        }
+    }
+
+    /// A get, a set or a delete, by the ratio.
+    #[inline(always)]
+    fn draw_command(&mut self) -> Command {
         let ratio = self.config.ratio;
         let draw = self
             .rng
             .below(u64::from(ratio.get) + u64::from(ratio.set) + u64::from(ratio.delete)) as u32;
-        let key = self.choosers[connection.chooser].pick(&mut self.rng);
         if draw < ratio.get {
-            if self.config.multi_get > 1 {
-                self.push_multi_get(connection, key, start_ns);
-            } else {
-                P::get(&mut connection.out, self.population.key(key, &mut self.scratch));
-                connection.push(Flight::new(Command::Get, key, start_ns));
-            }
+            Command::Get
         } else if draw < ratio.get + ratio.set {
-            self.push_set(connection, key, start_ns);
+            Command::Set
         } else {
-            P::delete(&mut connection.out, self.population.key(key, &mut self.scratch));
-            connection.push(Flight::new(Command::Delete, key, start_ns));
+            Command::Delete
         }
     }
 
@@ -512,16 +586,31 @@ impl<'a, P: Protocol> Worker<'a, P> {
     }
 
     fn push_multi_get(&mut self, connection: &mut Connection, first: u64, start_ns: u64) {
-        let width = self.config.multi_get;
-        let chooser = &self.choosers[connection.chooser];
         let at = connection.push(Flight::new(Command::MultiGet, first, start_ns));
-        let keys = &mut connection.multi_keys[at * width..(at + 1) * width];
-        self.keys.clear();
-        for place in keys {
-            *place = chooser.pick(&mut self.rng);
-            self.keys.push(self.population.key(*place, &mut self.scratch));
-        }
+        self.draw_batch(connection, at, Command::Get, self.config.multi_get);
         P::multi_get(&mut connection.out, &self.keys);
+    }
+
+    fn push_multi_set(&mut self, connection: &mut Connection, first: u64, start_ns: u64) {
+        let at = connection.push(Flight::new(Command::MultiSet, first, start_ns));
+        self.draw_batch(connection, at, Command::Set, self.config.multi_set);
+        P::multi_set(
+            &mut connection.out,
+            entries(self.population, &connection.batches[at], &self.keys),
+        );
+    }
+
+    /// Draws `width` keys for the batch at a place in the ring, and lists them in `keys`.
+    fn draw_batch(&mut self, connection: &mut Connection, at: usize, command: Command, width: usize) {
+        let chooser = &self.choosers[connection.chooser];
+        let batch = &mut connection.batches[at].operations;
+        batch.clear();
+        self.keys.clear();
+        for _ in 0..width {
+            let key = chooser.pick(&mut self.rng);
+            batch.push(Tag::new(command, key));
+            self.keys.push(self.population.key(key, &mut self.scratch));
+        }
     }
 
     fn push_preload(&mut self, connection: &mut Connection, now: u64) {
@@ -571,23 +660,34 @@ impl<'a, P: Protocol> Worker<'a, P> {
                 self.tally.error(ErrorKind::Malformed, 1, &rest[..rest.len().min(40)]);
                 return Err(OutOfStep);
             };
-            let command = flight.command();
-            let parsed = if command == Command::MultiGet {
-                let width = self.config.multi_get;
-                self.multi_reply(&connection.multi_keys[at * width..(at + 1) * width], rest)
-            } else {
-                match P::reply(command, self.population.key_len(flight.key()), rest) {
-                    Parsed::Done(reply, len) => Parsed::Done(self.check(flight.key(), reply), len),
-                    Parsed::Incomplete => Parsed::Incomplete,
-                    Parsed::Malformed => Parsed::Malformed,
+            let (command, key) = (flight.tag.command(), flight.tag.key());
+            let parsed = match command {
+                Command::MultiGet => self.multi_reply(&connection.batches[at].operations, rest),
+                Command::Txn => self.txn_reply(&mut connection.batches[at], rest),
+                _ => {
+                    let parsed = match command {
+                        Command::MultiSet => P::multi_set_reply(connection.batches[at].operations.len(), rest),
+                        _ => P::reply(command, self.population.key_len(key), rest),
+                    };
+                    match parsed {
+                        Parsed::Done(reply, len) => Parsed::Done(self.check(key, reply).into(), len),
+                        Parsed::Incomplete => Parsed::Incomplete,
+                        Parsed::Malformed => Parsed::Malformed,
+                    }
                 }
             };
             match parsed {
-                Parsed::Done(good, len) => {
+                Parsed::Done(verdict, len) => {
                     used += len;
+                    if verdict == Verdict::Part {
+                        continue;
+                    }
                     connection.pop();
                     self.replies += 1;
-                    if good && self.recording {
+                    if verdict == Verdict::GoesOn {
+                        self.go_on(connection, at, flight.start_ns);
+                    } else if verdict == Verdict::Good && self.recording {
+                        connection.answered += 1;
                         let run = &mut self.runs[command as usize];
                         if run.start_ns == flight.start_ns {
                             run.count += 1;
@@ -654,12 +754,14 @@ impl<'a, P: Protocol> Worker<'a, P> {
         }
     }
 
+    /// Whether `value`, as a reply writes it, is that of `key`; counts it otherwise.
     #[inline(always)]
     fn check_value(&mut self, key: u64, value: &[u8]) -> bool {
         if self.config.verify == VerifyValues::Off {
             self.tally.hits(self.recording as u64);
             return true;
         }
+        let value = &*P::plain(value);
         let expected = self.population.value(key);
         let kind = if value.len() != expected.len() {
             ErrorKind::WrongLength
@@ -676,40 +778,40 @@ impl<'a, P: Protocol> Worker<'a, P> {
         false
     }
 
-    fn multi_reply(&mut self, keys: &[u64], rest: &[u8]) -> Parsed<bool> {
+    fn multi_reply(&mut self, gets: &[Tag], rest: &[u8]) -> Parsed<Verdict> {
         let mut items = std::mem::take(&mut self.items);
-        let parsed = match P::multi_reply(keys.len(), rest, &mut items) {
+        let parsed = match P::multi_reply(gets.len(), rest, &mut items) {
             Parsed::Done(MultiReply::Items, len) => {
                 // Servers answer in the order of the request, with or without a place for keys they do not have.
                 let (mut good, mut position, mut found) = (true, 0, 0);
                 for item in &items {
                     let echoed = &rest[item.key.clone()];
                     while !echoed.is_empty()
-                        && keys
+                        && gets
                             .get(position)
-                            .is_some_and(|&k| self.population.key(k, &mut self.scratch) != echoed)
+                            .is_some_and(|get| self.population.key(get.key(), &mut self.scratch) != echoed)
                     {
                         position += 1;
                     }
-                    let Some(&key) = keys.get(position) else {
+                    let Some(get) = gets.get(position) else {
                         self.tally.error(ErrorKind::WrongKey, 1, echoed);
                         good = false;
                         break;
                     };
                     position += 1;
                     if let Some(value) = &item.value {
-                        good &= self.check_value(key, &rest[value.clone()]);
+                        good &= self.check_value(get.key(), &rest[value.clone()]);
                         found += 1;
                     }
                 }
                 if good && self.recording {
-                    self.tally.misses(keys.len() as u64 - found);
+                    self.tally.misses(gets.len() as u64 - found);
                 }
-                Parsed::Done(good, len)
+                Parsed::Done(good.into(), len)
             }
             Parsed::Done(MultiReply::Refused(text), len) => {
                 self.tally.error(ErrorKind::Refused, 1, text);
-                Parsed::Done(false, len)
+                Parsed::Done(Verdict::Bad, len)
             }
             Parsed::Incomplete => Parsed::Incomplete,
             Parsed::Malformed => Parsed::Malformed,
@@ -717,4 +819,17 @@ impl<'a, P: Protocol> Worker<'a, P> {
         self.items = items;
         parsed
     }
+}
+
+/// The keys in `keys`, which are those of the batch, with their values.
+fn entries<'k>(
+    population: &'k Population,
+    batch: &'k Batch,
+    keys: &'k KeyList,
+) -> impl Iterator<Item = Entry<'k>> + Clone {
+    let tags = batch.operations.iter().zip(keys.iter());
+    tags.map(|(tag, key)| Entry {
+        key,
+        value: population.value(tag.key()),
+    })
 }

@@ -4,6 +4,7 @@
 //! reply can be checked against the key it belongs to at any time, by any thread, and two runs with the same seed ask
 //! for the same things.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -19,11 +20,22 @@ pub enum Command {
     Delete = 2,
     /// Reads several keys with one request.
     MultiGet = 3,
+    /// Writes several keys with one request.
+    MultiSet = 4,
+    /// A transaction.
+    Txn = 5,
 }
 
 impl Command {
     /// All commands, in the order of their discriminants.
-    pub const ALL: [Command; 4] = [Command::Get, Command::Set, Command::Delete, Command::MultiGet];
+    pub const ALL: [Command; 6] = [
+        Command::Get,
+        Command::Set,
+        Command::Delete,
+        Command::MultiGet,
+        Command::MultiSet,
+        Command::Txn,
+    ];
 
     /// The name used in tables and files.
     pub fn name(self) -> &'static str {
@@ -32,6 +44,8 @@ impl Command {
             Command::Set => "set",
             Command::Delete => "delete",
             Command::MultiGet => "multi-get",
+            Command::MultiSet => "multi-set",
+            Command::Txn => "txn",
         }
     }
 }
@@ -118,6 +132,15 @@ impl fmt::Display for Ratio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}", self.get, self.set, self.delete)
     }
+}
+
+/// What every request is, if requests are transactions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TxnSpec {
+    /// Operations, each on a key of its own.
+    pub operations: usize,
+    /// Optimistic: all keys are read, and then written if none has changed.
+    pub checked: bool,
 }
 
 /// How sizes in bytes are spread over keys.
@@ -380,6 +403,9 @@ impl fmt::Display for DistributionSpec {
 /// Slices in the table that Zipf draws use; 128 KiB, which stays in the second-level cache.
 const ZIPF_SLICES: usize = 1 << 14;
 
+/// Draws for a key that is not taken before the next one by popularity is used instead.
+const DRAWS: usize = 16;
+
 /// Draws the number of a key.
 #[derive(Debug, Clone)]
 pub struct KeyChooser {
@@ -445,6 +471,21 @@ impl KeyChooser {
     #[inline(always)]
     pub fn pick(&self, rng: &mut Rng) -> u64 {
         self.key_of_rank(self.rank(rng))
+    }
+
+    /// A key that is not among `taken`, which it joins. There must be one left.
+    pub fn pick_another(&self, rng: &mut Rng, taken: &mut HashSet<u64>) -> u64 {
+        // When the popular keys are all taken, draws would find one of the others next to never.
+        for _ in 0..DRAWS {
+            let key = self.pick(rng);
+            if taken.insert(key) {
+                return key;
+            }
+        }
+        let start = self.rank(rng);
+        let ranks = (start..self.keys).chain(0..start);
+        let mut keys = ranks.map(|rank| self.key_of_rank(rank));
+        keys.find(|key| taken.insert(*key)).expect("a key is left")
     }
 
     /// The key that has this rank.
@@ -615,6 +656,11 @@ impl Population {
     /// How many keys there are.
     pub fn keys(&self) -> u64 {
         self.keys
+    }
+
+    /// Length of the shortest and of the longest value, in bytes.
+    pub fn value_size_range(&self) -> (usize, usize) {
+        (self.value_sizes.min(), self.value_sizes.max())
     }
 
     /// Mean length of a value, in bytes.
@@ -844,6 +890,18 @@ mod tests {
                         .all(|key| counts[key as usize] == 0)
                 );
             }
+        }
+    }
+
+    /// Also where most keys are drawn next to never, and down to the last key.
+    #[test]
+    fn other_keys_are_found() {
+        for spec in [DistributionSpec::Uniform, DistributionSpec::Zipf(5.0)] {
+            let chooser = KeyChooser::new(500, spec);
+            let (mut rng, mut taken) = (Rng::new(1), HashSet::new());
+            let mut keys: Vec<u64> = (0..500).map(|_| chooser.pick_another(&mut rng, &mut taken)).collect();
+            keys.sort_unstable();
+            assert!(keys.into_iter().eq(0..500), "{spec}");
         }
     }
 

@@ -14,7 +14,7 @@ use memkv_bench::protocol::ProtocolName;
 use memkv_bench::report::Report;
 use memkv_bench::verify::{VerifyConfig, VerifyReport, verify};
 use memkv_bench::worker::VerifyValues;
-use memkv_bench::workload::{DistributionSpec, SizeSpec};
+use memkv_bench::workload::{DistributionSpec, SizeSpec, TxnSpec};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -22,6 +22,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+/// The server, and where it speaks protobuf.
 fn server(core_ports: Option<u16>) -> (Server, SocketAddr) {
     let server = Server::start(Config {
         cores: Some(2),
@@ -59,6 +60,8 @@ fn config(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
         cpus: Vec::new(),
         ratio: "10:2:0".parse().unwrap(),
         multi_get: 1,
+        multi_set: 1,
+        txn: None,
         keys: 2000,
         key_size: SizeSpec::Range(4, 20),
         value_size: SizeSpec::Range(0, 3000),
@@ -83,9 +86,9 @@ fn run(config: &RunConfig) -> Report {
     Report::new(config, &outcome)
 }
 
-fn check(target: SocketAddr, route: bool) -> Result<VerifyReport, String> {
+fn check(protocol: ProtocolName, target: SocketAddr, route: bool) -> Result<VerifyReport, String> {
     verify(&VerifyConfig {
-        protocol: ProtocolName::Protobuf,
+        protocol,
         target,
         route,
         clients: 50,
@@ -118,7 +121,7 @@ fn routed_requests_reach_the_owner() {
         assert_eq!(report.hit_rate, Some(1.0), "every key was preloaded: {}", report.text());
         assert!(report.workload.contains("owns its key"));
     }
-    let report = check(address, true).unwrap();
+    let report = check(ProtocolName::Protobuf, address, true).unwrap();
     assert!(report.is_clean() && report.gets == 250, "{}", report.text());
     let (local, forwarded) = local_and_forwarded(address);
     assert!(
@@ -141,8 +144,9 @@ fn routed_requests_reach_the_owner() {
 #[test]
 fn what_cannot_be_routed_is_explained() {
     let (server, address) = server(None);
-    assert!(check(address, false).unwrap().is_clean());
-    assert!(check(address, true).unwrap_err().contains("--core-ports BASE"));
+    let checked = |route| check(ProtocolName::Protobuf, address, route);
+    assert!(checked(false).unwrap().is_clean());
+    assert!(checked(true).unwrap_err().contains("--core-ports BASE"));
     let routed = |protocol, target| {
         let config = RunConfig {
             route: true,
@@ -170,6 +174,132 @@ fn routed_connections_reach_all_cores() {
     // A single key has a single owner, so one connection is enough.
     let report = run(&RunConfig { keys: 1, ..few });
     assert!(report.is_clean() && report.operations > 10, "{}", report.text());
+    server.stop();
+}
+
+/// Keys and values of a size that all of the server's protocols take.
+fn small(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
+    RunConfig {
+        value_size: SizeSpec::Range(1, 300),
+        ..config(protocol, target)
+    }
+}
+
+#[test]
+fn json_line_gets_what_it_wrote() {
+    let (server, _) = server(None);
+    let address = server.address(Protocol::JsonLine).unwrap();
+    // Values of all kinds of characters, which the replies escape.
+    let report = check(ProtocolName::JsonLine, address, false).unwrap();
+    assert!(report.is_clean() && report.gets == 250, "{}", report.text());
+    let report = run(&RunConfig {
+        ratio: "5:2:1".parse().unwrap(),
+        ..small(ProtocolName::JsonLine, address)
+    });
+    assert!(report.is_clean() && report.operations > 100, "{}", report.text());
+    assert!(report.hits > 0 && report.misses > 0, "{}", report.text());
+    server.stop();
+}
+
+#[test]
+fn several_entries_are_set_at_once() {
+    let (server, address) = server(Some(0));
+    let mut written = 0;
+    for route in [false, true] {
+        let report = run(&RunConfig {
+            ratio: "0:1:0".parse().unwrap(),
+            multi_set: 10,
+            preload: false,
+            route,
+            ..small(ProtocolName::Protobuf, address)
+        });
+        assert!(report.is_clean() && report.operations > 10, "{}", report.text());
+        assert_eq!(report.commands[0].command, "multi-set");
+        let counters = Client::connect(address).unwrap().metrics().unwrap().counters;
+        let now = counters["items_written"];
+        assert!(now - written >= 10 * report.operations, "{}", report.text());
+        written = now;
+        // Those with the keys of one core are requests for several keys, too.
+        assert!(
+            report.server_txns.unwrap().txns >= report.operations,
+            "{}",
+            report.text()
+        );
+    }
+    // What they wrote is what belongs to the keys.
+    let report = run(&RunConfig {
+        preload: false,
+        ..small(ProtocolName::Protobuf, address)
+    });
+    assert!(report.is_clean() && report.hits > 0, "{}", report.text());
+    assert_eq!(report.server_txns, None, "nothing is asked for several keys");
+    server.stop();
+}
+
+#[test]
+fn transactions_are_committed() {
+    let (server, protobuf) = server(None);
+    let json_line = server.address(Protocol::JsonLine).unwrap();
+    for (protocol, address) in [(ProtocolName::Protobuf, protobuf), (ProtocolName::JsonLine, json_line)] {
+        for (operations, checked, rate) in [
+            (1, false, None),
+            (8, false, None),
+            (8, false, Some(1000.0)),
+            (8, true, None),
+        ] {
+            let report = run(&RunConfig {
+                ratio: "3:3:1".parse().unwrap(),
+                txn: Some(TxnSpec { operations, checked }),
+                rate,
+                count: Some(200),
+                duration: Duration::from_secs(60),
+                ..small(protocol, address)
+            });
+            assert!(report.is_clean() && report.hits > 0, "{}", report.text());
+            let txn = report.txn.as_ref().unwrap();
+            assert!(
+                txn.committed >= 200 && txn.committed == report.operations,
+                "{}",
+                report.text()
+            );
+            assert!(checked || txn.retries == 0, "{}", report.text());
+            match report.server_txns {
+                Some(counts) => assert!(counts.txns >= txn.committed, "{}", report.text()),
+                None => assert_eq!(protocol, ProtocolName::JsonLine, "{}", report.text()),
+            }
+        }
+    }
+    server.stop();
+}
+
+/// Two transactions at once on the same keys of one connection: between the reads and the writes of one, something of the
+/// other is executed, so one of them fails each time.
+#[test]
+fn transactions_on_the_same_keys_are_tried_again() {
+    let (server, address) = server(None);
+    let report = run(&RunConfig {
+        txn: Some(TxnSpec {
+            operations: 4,
+            checked: true,
+        }),
+        keys: 4,
+        connections: 1,
+        threads: 1,
+        pipeline: 2,
+        preload: false,
+        count: Some(200),
+        duration: Duration::from_secs(60),
+        ..small(ProtocolName::Protobuf, address)
+    });
+    assert!(report.is_clean(), "{}", report.text());
+    let txn = report.txn.as_ref().unwrap();
+    assert!(
+        txn.committed >= 200 && txn.retries > 10 && txn.retries_max > 0,
+        "{}",
+        report.text()
+    );
+    // Their attempts are not the server's: nothing that was asked of it had to start over.
+    assert_eq!(report.server_txns.unwrap().txn_retries, 0, "{}", report.text());
     server.stop();
 }
 

@@ -12,8 +12,8 @@ use memkv_bench::servers::{Server, ServerSpec, known};
 use memkv_bench::stats::ErrorKind;
 use memkv_bench::verify::{VerifyConfig, VerifyReport, verify};
 use memkv_bench::worker::VerifyValues;
-use memkv_bench::workload::{Command, DistributionSpec, SizeSpec};
-use std::collections::HashMap;
+use memkv_bench::workload::{Command, DistributionSpec, SizeSpec, TxnSpec};
+use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,12 +34,17 @@ enum Fault {
     Refuse,
     /// Does nothing for half a second at this request.
     SleepAt(u64),
+    /// Takes its time for each commit, and says of all optimistic ones but every n-th that a key has changed.
+    CommitEvery(u64, Duration),
+    /// Says so of all of one connection.
+    Starve,
 }
 
 struct Toy {
     protocol: ProtocolName,
     fault: Fault,
     served: AtomicU64,
+    commits: AtomicU64,
     values: Mutex<HashMap<Vec<u8>, Vec<u8>>>,
     sockets: Mutex<Vec<TcpStream>>,
 }
@@ -52,24 +57,26 @@ impl Toy {
             protocol,
             fault,
             served: AtomicU64::new(0),
+            commits: AtomicU64::new(0),
             values: Mutex::default(),
             sockets: Mutex::default(),
         });
         std::thread::spawn(move || {
-            for socket in listener.incoming().flatten() {
+            for (number, socket) in listener.incoming().flatten().enumerate() {
                 toy.sockets.lock().unwrap().push(socket.try_clone().unwrap());
                 let toy = toy.clone();
-                std::thread::spawn(move || toy.serve(socket));
+                std::thread::spawn(move || toy.serve(number, socket));
             }
         });
         address
     }
 
     /// Serves one connection until either side is done with it.
-    fn serve(&self, socket: TcpStream) -> Option<()> {
+    fn serve(&self, number: usize, socket: TcpStream) -> Option<()> {
         socket.set_nodelay(true).unwrap();
         let mut input = BufReader::new(socket.try_clone().unwrap());
         let mut out = BufWriter::new(socket);
+        let mut open = None;
         loop {
             if input.buffer().is_empty() {
                 out.flush().ok()?;
@@ -103,6 +110,10 @@ impl Toy {
             let command = words[0].to_ascii_lowercase();
             match self.protocol {
                 ProtocolName::Resp => self.resp(&command, &words[1..], served, &mut out)?,
+                ProtocolName::JsonLine => {
+                    let answer = self.json_line(number, &command, &words[1..], served, &mut open);
+                    out.write_all(format!("{answer}\n").as_bytes()).ok()?;
+                }
                 _ => self.text(&command, &words[1..], served, &mut input, &mut out)?,
             }
         }
@@ -167,6 +178,77 @@ impl Toy {
         }
     }
 
+    fn json_line(
+        &self,
+        number: usize,
+        command: &[u8],
+        words: &[Vec<u8>],
+        served: u64,
+        open: &mut Option<OpenTxn>,
+    ) -> serde_json::Value {
+        let ok = serde_json::json!({"status": "Ok"});
+        let no = |mesg: &str| serde_json::json!({"status": "Error", "mesg": mesg});
+        if let (Some(open), Some(key)) = (&mut *open, words.first()) {
+            let again = open.checked && command == b"put";
+            assert!(open.keys.insert((again, key.clone())), "a key comes twice");
+            assert!(
+                !again || open.keys.contains(&(false, key.clone())),
+                "a key was not read"
+            );
+        }
+        let write = match command {
+            b"get" => {
+                return match self.get(&words[0], served) {
+                    Some(value) => serde_json::json!({"status": "Ok", "result": String::from_utf8(value).unwrap()}),
+                    None => no("there is no such key"),
+                };
+            }
+            b"start" => {
+                assert!(open.is_none(), "a transaction inside another one");
+                let checked = !words.is_empty();
+                *open = Some(OpenTxn {
+                    checked,
+                    ..OpenTxn::default()
+                });
+                return ok;
+            }
+            b"commit" => {
+                let OpenTxn { writes, checked, .. } = open.take().expect("no transaction is open");
+                let nth = self.commits.fetch_add(1, Ordering::Relaxed) + 1;
+                let changed = match self.fault {
+                    Fault::CommitEvery(n, time) => {
+                        std::thread::sleep(time);
+                        !nth.is_multiple_of(n)
+                    }
+                    Fault::Starve => number == 0,
+                    _ => false,
+                };
+                if self.fault == Fault::Refuse {
+                    return no("the server's memory limit is reached: nothing was applied");
+                }
+                if changed && checked {
+                    return no("a key that was read has changed: nothing was applied");
+                }
+                let mut values = self.values.lock().unwrap();
+                for (key, value) in writes {
+                    match value {
+                        Some(value) => values.insert(key, value),
+                        None => values.remove(&key),
+                    };
+                }
+                return ok;
+            }
+            b"put" => (words[0].clone(), Some(words[1..].join(&b' '))),
+            _ => (words[0].clone(), None),
+        };
+        match (open, write) {
+            (Some(open), write) => open.writes.push(write),
+            (None, (key, Some(value))) => drop(self.values.lock().unwrap().insert(key, value)),
+            (None, (key, None)) => drop(self.values.lock().unwrap().remove(&key)),
+        }
+        ok
+    }
+
     fn resp(&self, command: &[u8], words: &[Vec<u8>], served: u64, out: &mut impl Write) -> Option<()> {
         match command {
             b"set" if self.fault == Fault::Refuse => out.write_all(b"-OOM out of memory\r\n").ok(),
@@ -198,11 +280,22 @@ impl Toy {
     }
 }
 
-/// A line without its CRLF.
+/// A transaction that a connection has not ended.
+#[derive(Default)]
+struct OpenTxn {
+    checked: bool,
+    /// Keys and what to write to them; `None` stands for a delete.
+    writes: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    /// The keys of its commands; true: of the writes of an optimistic one, which has read them before.
+    keys: HashSet<(bool, Vec<u8>)>,
+}
+
+/// A line without its LF or CRLF.
 fn read_line(input: &mut impl BufRead) -> Option<Vec<u8>> {
     let mut line = Vec::new();
     input.read_until(b'\n', &mut line).ok()?;
-    line.ends_with(b"\r\n").then(|| line[..line.len() - 2].to_vec())
+    let line = line.strip_suffix(b"\n")?;
+    Some(line.strip_suffix(b"\r").unwrap_or(line).to_vec())
 }
 
 /// `len` bytes and the CRLF behind them.
@@ -212,6 +305,14 @@ fn read_block(input: &mut impl Read, len: usize) -> Option<Vec<u8>> {
     block.truncate(len);
     Some(block)
 }
+
+/// The protocols of the toy server.
+const ALL: [ProtocolName; 4] = [
+    ProtocolName::Memcached,
+    ProtocolName::Text,
+    ProtocolName::Resp,
+    ProtocolName::JsonLine,
+];
 
 fn config(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
     RunConfig {
@@ -225,6 +326,8 @@ fn config(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
         cpus: Vec::new(),
         ratio: "10:1:0".parse().unwrap(),
         multi_get: 1,
+        multi_set: 1,
+        txn: None,
         keys: 1000,
         key_size: SizeSpec::Range(4, 20),
         value_size: SizeSpec::Range(1, 3000),
@@ -252,7 +355,7 @@ fn run(config: &RunConfig) -> (Outcome, Report) {
 
 #[test]
 fn every_protocol_on_every_engine() {
-    for protocol in [ProtocolName::Memcached, ProtocolName::Text, ProtocolName::Resp] {
+    for protocol in ALL {
         for engine in [Engine::Epoll, Engine::Uring] {
             if engine == Engine::Uring && Engine::Auto.resolve() != Engine::Uring {
                 continue;
@@ -297,6 +400,241 @@ fn deletes_and_multi_gets() {
         assert_eq!(report.hits + report.misses, 10 * count(Command::MultiGet));
         assert!(report.misses > 0, "keys were deleted");
     }
+}
+
+fn transactions(operations: usize, checked: bool, fault: Fault) -> RunConfig {
+    RunConfig {
+        txn: Some(TxnSpec { operations, checked }),
+        ratio: "2:2:1".parse().unwrap(),
+        value_size: SizeSpec::Range(1, 200),
+        ..config(ProtocolName::JsonLine, Toy::start(ProtocolName::JsonLine, fault))
+    }
+}
+
+#[test]
+fn transactions_are_counted() {
+    // All keys there are: each of them once, and many by force where popularity is uneven.
+    for (operations, keys) in [(1, 1000), (10, 1000), (50, 50)] {
+        let config = RunConfig {
+            keys,
+            distribution: DistributionSpec::Zipf(2.0),
+            count: Some(500),
+            duration: Duration::from_secs(60),
+            ..transactions(operations, false, Fault::None)
+        };
+        let (outcome, report) = run(&config);
+        assert!(report.is_clean(), "{}", report.text());
+        let txn = report.txn.as_ref().unwrap();
+        assert_eq!((txn.committed, txn.operations), (outcome.operations, operations));
+        assert!(txn.committed >= 500 && txn.retries == 0, "{}", report.text());
+        assert_eq!(total(&outcome)[Command::Txn as usize].len(), txn.committed);
+        let reads = (report.hits + report.misses) as f64 / (txn.committed * operations as u64) as f64;
+        assert!((0.3..0.5).contains(&reads), "two operations of five are gets: {reads}");
+        assert!(report.misses > 0, "keys were deleted");
+        let sum: u64 = outcome.workers.iter().flat_map(|w| &w.answered).sum();
+        assert_eq!(sum, txn.committed);
+        assert!(report.text().contains("transactions/s"), "{}", report.text());
+    }
+}
+
+#[test]
+fn transactions_that_failed_are_tried_again() {
+    // Half of all attempts fail, and each is one of a transaction that is committed in the end.
+    let config = RunConfig {
+        count: Some(200),
+        duration: Duration::from_secs(60),
+        ..transactions(5, true, Fault::CommitEvery(2, Duration::ZERO))
+    };
+    let (outcome, report) = run(&config);
+    assert!(report.is_clean(), "{}", report.text());
+    let txn = report.txn.as_ref().unwrap();
+    assert!(txn.committed >= 200, "{}", report.text());
+    // At both ends of the window attempts may be cut off from their ends.
+    let edge = 2 * (config.connections * config.pipeline) as u64;
+    assert!(txn.retries.abs_diff(txn.committed) <= edge, "{}", report.text());
+    assert!(txn.retries_max >= 1 && report.text().contains("because a key had changed"));
+    let attempts = txn.committed + txn.retries;
+    assert!(report.hits.abs_diff(5 * attempts) <= 5 * edge, "{}", report.text());
+    assert!(report.misses == 0 && outcome.errors.total() == 0, "{}", report.text());
+
+    // Without --checked nothing of the kind happens.
+    let (_, report) = run(&transactions(5, false, Fault::CommitEvery(2, Duration::ZERO)));
+    assert!(
+        report.is_clean() && report.txn.as_ref().unwrap().retries == 0,
+        "{}",
+        report.text()
+    );
+}
+
+#[test]
+fn latency_lasts_until_the_commit() {
+    let time = Duration::from_millis(2);
+    let (_, report) = run(&RunConfig {
+        connections: 1,
+        pipeline: 1,
+        count: Some(20),
+        duration: Duration::from_secs(60),
+        ..transactions(3, true, Fault::CommitEvery(4, time))
+    });
+    assert!(report.is_clean(), "{}", report.text());
+    let txn = report.txn.as_ref().unwrap();
+    // The first one may have been on its way when the window began.
+    let missing = 3 * txn.committed - txn.retries;
+    assert!(
+        txn.committed >= 20 && missing <= 3 && txn.retries_max == 3,
+        "{}",
+        report.text()
+    );
+    let fairness = report.per_connection;
+    assert_eq!((fairness.fewest, fairness.most), (txn.committed, txn.committed));
+    // No sleep is shorter than it was to be; a histogram rounds by a thousandth.
+    assert!(report.commands[0].latency.min_us > 7990.0, "{}", report.text());
+}
+
+#[test]
+fn starvation_is_visible() {
+    let (_, report) = run(&RunConfig {
+        connections: 2,
+        count: Some(100),
+        duration: Duration::from_secs(60),
+        ..transactions(2, true, Fault::Starve)
+    });
+    assert!(report.is_clean(), "{}", report.text());
+    let fairness = report.per_connection;
+    let committed = report.txn.as_ref().unwrap().committed;
+    assert!(committed >= 100, "{}", report.text());
+    assert_eq!((fairness.fewest, fairness.most), (0, committed), "{}", report.text());
+    assert!(report.text().contains("fairness    0 to 1"), "{}", report.text());
+}
+
+#[test]
+fn wrong_values_and_refusals_in_transactions_are_counted() {
+    for checked in [false, true] {
+        let (outcome, report) = run(&transactions(5, checked, Fault::CorruptEvery(10)));
+        assert!(outcome.errors.count(ErrorKind::WrongValue) > 10, "{}", report.text());
+        let (outcome, report) = run(&transactions(5, checked, Fault::Refuse));
+        let refused = outcome.errors.count(ErrorKind::Refused);
+        assert!(refused > 10 && outcome.operations == 0, "{}", report.text());
+        assert!(report.text().contains("memory limit"), "{}", report.text());
+    }
+}
+
+#[test]
+fn transactions_that_cannot_be_are_explained() {
+    let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    let base = |protocol| RunConfig {
+        txn: Some(TxnSpec {
+            operations: 10,
+            checked: false,
+        }),
+        ..config(protocol, nobody)
+    };
+    let json = || base(ProtocolName::JsonLine);
+    let of = |operations, checked| Some(TxnSpec { operations, checked });
+    let empty = SizeSpec::Range(0, 10);
+    for (config, words) in [
+        (base(ProtocolName::Memcached), "has no transactions"),
+        (base(ProtocolName::Resp), "has no transactions"),
+        (base(ProtocolName::Text), "has no transactions"),
+        (
+            RunConfig {
+                txn: of(0, false),
+                ..json()
+            },
+            "at least 1",
+        ),
+        (
+            RunConfig {
+                txn: of(1001, false),
+                ..json()
+            },
+            "only 1000",
+        ),
+        (
+            RunConfig {
+                txn: of(10_001, false),
+                keys: 100_000,
+                ..json()
+            },
+            "at most 10000",
+        ),
+        (
+            RunConfig {
+                txn: of(5001, true),
+                keys: 100_000,
+                ..base(ProtocolName::Protobuf)
+            },
+            "at most 5000",
+        ),
+        (
+            RunConfig {
+                route: true,
+                ..base(ProtocolName::Protobuf)
+            },
+            "leave --route out",
+        ),
+        (
+            RunConfig {
+                multi_set: 2,
+                ..base(ProtocolName::Protobuf)
+            },
+            "leave --multi-get and --multi-set out",
+        ),
+        (
+            RunConfig {
+                value_size: SizeSpec::Fixed(2 << 20),
+                ..json()
+            },
+            "bytes",
+        ),
+        (RunConfig { multi_set: 2, ..json() }, "no multi-set"),
+        (
+            RunConfig {
+                txn: None,
+                multi_set: 2,
+                ..base(ProtocolName::Memcached)
+            },
+            "no multi-set",
+        ),
+        (
+            RunConfig {
+                txn: None,
+                multi_set: 0,
+                ..base(ProtocolName::Protobuf)
+            },
+            "at least 1",
+        ),
+        (
+            RunConfig {
+                txn: None,
+                multi_set: 10_001,
+                ..base(ProtocolName::Protobuf)
+            },
+            "at most 10000",
+        ),
+        (
+            RunConfig {
+                txn: None,
+                multi_get: 2,
+                ..json()
+            },
+            "no multi-get",
+        ),
+        (
+            RunConfig {
+                txn: None,
+                value_size: empty,
+                ..json()
+            },
+            "no empty values",
+        ),
+    ] {
+        // Nobody listens there, so that is what a configuration without a fault ends with.
+        let message = driver::run(&config, &mut |_| {}).unwrap_err();
+        assert!(message.contains(words), "{message}");
+    }
+    let message = driver::run(&json(), &mut |_| {}).unwrap_err();
+    assert!(message.contains("check that the server is running"), "{message}");
 }
 
 #[test]
@@ -449,7 +787,7 @@ fn check(protocol: ProtocolName, fault: Fault) -> VerifyReport {
 
 #[test]
 fn verify_passes_an_honest_server() {
-    for protocol in [ProtocolName::Memcached, ProtocolName::Text, ProtocolName::Resp] {
+    for protocol in ALL {
         let report = check(protocol, Fault::None);
         assert!(report.is_clean(), "{}", report.text());
         assert_eq!((report.sets, report.gets), (500, 500));
@@ -536,6 +874,16 @@ fn servers_are_compared() {
         );
         assert_eq!(pair[1].p99_9_ratio, Some(1.0));
     }
+    // One of them has no transactions, which is said before anything runs.
+    let base_txn = RunConfig {
+        txn: Some(TxnSpec {
+            operations: 2,
+            checked: false,
+        }),
+        ..base.clone()
+    };
+    let message = compare(&servers, &base_txn, &plan, &mut |step| panic!("{step}")).unwrap_err();
+    assert!(message.contains("toy-memcached: --txn 2"), "{message}");
     plan.against = Some("nobody".into());
     let message = compare(&servers, &base, &plan, &mut |_| {}).unwrap_err();
     assert!(message.contains("toy-memcached, toy-resp"), "{message}");
@@ -583,6 +931,16 @@ fn the_program_ends_with_the_right_code() {
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert!(json["operations_per_second"].as_f64().unwrap() > 0.0);
     assert!(json["commands"][0]["latency"]["p99_9_us"].as_f64().unwrap() > 0.0);
+    assert!(json["per_connection"]["most"].as_u64() >= json["per_connection"]["fewest"].as_u64());
+
+    let json_line = Toy::start(ProtocolName::JsonLine, Fault::CommitEvery(2, Duration::ZERO)).to_string();
+    let optimistic = ["--protocol", "json-line", "--txn", "3", "--checked", "--json"];
+    let (code, out, err) = program(&[&["run"], &short[..7], &optimistic, &["--target", &json_line]].concat());
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(json["txn"]["committed"].as_u64() > Some(0) && json["txn"]["retries"].as_u64() > Some(0));
+    let latency = &json["commands"][0]["latency"];
+    assert!(latency["min_us"].as_f64() > Some(0.0) && latency["min_us"].as_f64() <= latency["p50_us"].as_f64());
 
     let dying = Toy::start(ProtocolName::Text, Fault::DieAt(100)).to_string();
     let (code, out, _) = run(&["--target", &dying]);
@@ -595,6 +953,13 @@ fn the_program_ends_with_the_right_code() {
         (vec!["--target", "nonsense"], "HOST:PORT"),
         (vec!["--target", &honest, "--ratio", "1:1:1"], "no delete"),
         (vec!["--target", &honest, "--multi-get", "4"], "no multi-get"),
+        (vec!["--target", &honest, "--multi-set", "4"], "no multi-set"),
+        (vec!["--target", &honest, "--txn", "4"], "no transactions"),
+        (vec!["--target", &honest, "--checked"], "--txn"),
+        (
+            vec!["--target", &honest, "--txn", "4", "--checked", "--ratio", "1:1"],
+            "--ratio",
+        ),
         (vec!["--target", &honest, "--ratio", "x"], "10:1:0"),
         (vec!["--target", &honest, "--value-size", "9-1"], "backwards"),
         (vec!["--target", &honest, "--key-size", "2"], "cannot be told apart"),

@@ -70,7 +70,7 @@ impl Protocol for Memcached {
             Command::Set if input.starts_with(b"NOT_STORED\r\n") => Parsed::Done(Reply::NotStored, 12),
             Command::Delete if input.starts_with(b"DELETED\r\n") => Parsed::Done(Reply::Deleted, 9),
             Command::Delete if input.starts_with(b"NOT_FOUND\r\n") => Parsed::Done(Reply::NotFound, 11),
-            Command::Set | Command::Delete => unexpected(input, is_error),
+            _ => unexpected(input, is_error),
         }
     }
 
@@ -84,6 +84,7 @@ impl Protocol for Memcached {
                     items.push(Item {
                         key: place(key),
                         value: Some(place(value)),
+                        version: 0,
                     });
                     at += len;
                 }

@@ -5,12 +5,14 @@
 //! reply belongs to. A further protocol is one more file that implements [`Protocol`] and one more line in
 //! [`ProtocolName`] and in [`with_protocol!`](crate::with_protocol).
 
+pub mod json_line;
 pub mod memcached;
 pub mod protobuf;
 pub mod resp;
 pub mod text;
 
 use crate::workload::{Command, Value};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// What a server said to one request.
@@ -24,7 +26,7 @@ pub enum Reply<'a> {
     Hit {
         /// The key as the server echoed it, in protocols that do.
         key: Option<&'a [u8]>,
-        /// The value.
+        /// The value as the reply writes it; [`Protocol::plain`] tells its bytes.
         value: &'a [u8],
     },
     /// The key was not found by a get.
@@ -48,13 +50,15 @@ pub enum Parsed<T> {
     Done(T, usize),
 }
 
-/// One key of the reply to a multi-get, as places in the bytes given to the parser.
+/// One key of the reply to a multi-get or to the reads of a transaction, as places in the bytes given to the parser.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item {
     /// Where the echoed key is; empty in protocols that answer by position.
     pub key: Range<usize>,
-    /// Where the value is; `None` for a key that was not found.
+    /// Where the value is, as the reply writes it; `None` for a key that was not found.
     pub value: Option<Range<usize>>,
+    /// The version of what was found, where it was asked for; else 0.
+    pub version: u64,
 }
 
 /// The reply to a multi-get: the items were listed, or the server refused.
@@ -66,7 +70,71 @@ pub enum MultiReply<'a> {
     Refused(&'a [u8]),
 }
 
-/// Keys of one multi-get, back to back.
+/// A key and the value to write to it.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry<'a> {
+    /// The key.
+    pub key: &'a [u8],
+    /// The value.
+    pub value: Value<'a>,
+}
+
+/// One operation of a transaction.
+#[derive(Debug, Clone, Copy)]
+pub enum Op<'a> {
+    /// Reads this key.
+    Get(&'a [u8]),
+    /// Writes a value.
+    Set(Entry<'a>),
+    /// Removes this key.
+    Delete(&'a [u8]),
+}
+
+/// What a request of a transaction asks for, as far as its reply depends on it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TxnRequest {
+    /// All operations.
+    #[default]
+    Plain,
+    /// An optimistic transaction: all of it, or, in protocols that take two requests for it, its reads.
+    Checked,
+    /// The writes of an optimistic transaction, whose reads were answered.
+    Writes,
+}
+
+/// What a request of a transaction asks for, and how much of its reply has been read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TxnState {
+    /// What is asked for.
+    pub request: TxnRequest,
+    /// Parts of the reply that have been read.
+    pub parts: usize,
+}
+
+/// The reply to a request of a transaction, or a part of it. What it tells of values that were read is in the list given to
+/// the parser.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TxnReply<'a> {
+    /// This part is good, and there is more to come.
+    Part,
+    /// The server said in this part that it failed, its words, and there is more to come.
+    Failing(&'a [u8]),
+    /// It was done.
+    Committed,
+    /// It was read, with versions; the writes are to be asked for.
+    Read,
+    /// Nothing was done: a key has changed since it was read.
+    Changed,
+    /// The server said that it failed; its words.
+    Refused(&'a [u8]),
+}
+
+/// The most keys that memkv-tpc takes in one request or transaction, unless it was told otherwise.
+pub const BATCH_KEYS_MAX: usize = 10_000;
+/// The same for the bytes of its keys and values.
+pub const BATCH_BYTES_MAX: u64 = 16 << 20;
+
+/// Keys of one request, back to back.
 #[derive(Debug, Default, Clone)]
 pub struct KeyList {
     bytes: Vec<u8>,
@@ -97,7 +165,7 @@ impl KeyList {
     }
 
     /// The keys in the order they were added.
-    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> + Clone {
         let mut start = 0;
         self.ends
             .iter()
@@ -113,8 +181,16 @@ pub trait Protocol: Copy + Send + 'static {
     const DELETES: bool = true;
     /// Whether several keys can be asked for with one request.
     const MULTI_GETS: bool = true;
+    /// The most entries that can be written with one request.
+    const MULTI_SET_MAX: usize = 1;
+    /// The most operations of a transaction; 0 where there are no transactions.
+    const TXN_MAX: usize = 0;
+    /// The most keys of an optimistic transaction; 0 where there are none.
+    const CHECKED_TXN_MAX: usize = 0;
     /// The longest key the protocol allows, in bytes.
     const MAX_KEY: usize = usize::MAX;
+    /// Whether values are text: not empty, UTF-8, without line feeds, and without blanks and CRs at their ends.
+    const TEXT_VALUES: bool = false;
 
     /// Appends a request to read `key`.
     fn get(out: &mut Vec<u8>, key: &[u8]);
@@ -135,11 +211,57 @@ pub trait Protocol: Copy + Send + 'static {
     /// Reads the reply to a multi-get of `width` keys at the front of `input` and lists its items in `items`, which is
     /// cleared first and means nothing unless the outcome is [`MultiReply::Items`].
     fn multi_reply<'a>(width: usize, input: &'a [u8], items: &mut Vec<Item>) -> Parsed<MultiReply<'a>>;
+
+    /// The bytes of a value that a reply writes as `value`.
+    #[inline(always)]
+    fn plain(value: &[u8]) -> Cow<'_, [u8]> {
+        Cow::Borrowed(value)
+    }
+
+    /// Appends a request to write all of `entries`. Never called unless [`MULTI_SET_MAX`](Self::MULTI_SET_MAX) allows it.
+    fn multi_set<'a>(_out: &mut Vec<u8>, _entries: impl Iterator<Item = Entry<'a>> + Clone) {
+        unreachable!("the protocol has no multi-set");
+    }
+
+    /// Reads the reply to a multi-set of `width` entries at the front of `input`.
+    fn multi_set_reply(_width: usize, _input: &[u8]) -> Parsed<Reply<'_>> {
+        Parsed::Malformed
+    }
+
+    /// Appends a transaction of `ops`. Never called unless [`TXN_MAX`](Self::TXN_MAX) allows it.
+    fn txn<'a>(_out: &mut Vec<u8>, _ops: impl Iterator<Item = Op<'a>> + Clone) {
+        unreachable!("the protocol has no transactions");
+    }
+
+    /// Appends an optimistic transaction, which reads the keys of `entries` and then writes `entries`, or, in protocols that
+    /// take two requests for it, its reads. Never called unless [`CHECKED_TXN_MAX`](Self::CHECKED_TXN_MAX) allows it.
+    fn checked_txn<'a>(_out: &mut Vec<u8>, _entries: impl Iterator<Item = Entry<'a>> + Clone) {
+        unreachable!("the protocol has no optimistic transactions");
+    }
+
+    /// Appends the second request of an optimistic transaction: write `entries` if their keys still are as they were
+    /// `read`, in the same order. Never called unless a reply was [`TxnReply::Read`].
+    fn checked_writes<'a>(_out: &mut Vec<u8>, _entries: impl Iterator<Item = Entry<'a>> + Clone, _read: &[Item]) {
+        unreachable!("the protocol takes one request for a transaction");
+    }
+
+    /// Reads the next part of the reply to a request of a transaction at the front of `input` and lists in `items`, which is
+    /// cleared first, what was read, in order. There are `width` operations with these commands; in an optimistic
+    /// transaction they are the sets.
+    fn txn_reply<'a>(
+        _state: TxnState,
+        _width: usize,
+        _command: impl Fn(usize) -> Command,
+        _input: &'a [u8],
+        _items: &mut Vec<Item>,
+    ) -> Parsed<TxnReply<'a>> {
+        Parsed::Malformed
+    }
 }
 
 /// The protocols by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum ProtocolName {
     /// The text protocol of memcached.
     Memcached,
@@ -151,6 +273,8 @@ pub enum ProtocolName {
     Resp,
     /// The protobuf protocol of memkv-tpc.
     Protobuf,
+    /// The JSON-line protocol of memkv-tpc.
+    JsonLine,
 }
 
 impl ProtocolName {
@@ -179,6 +303,10 @@ macro_rules! with_protocol {
             }
             $crate::protocol::ProtocolName::Protobuf => {
                 type $p = $crate::protocol::protobuf::Protobuf;
+                $body
+            }
+            $crate::protocol::ProtocolName::JsonLine => {
+                type $p = $crate::protocol::json_line::JsonLine;
                 $body
             }
         }
@@ -279,6 +407,60 @@ pub(crate) mod tests {
             .map(|i| (&more[i.key.clone()], i.value.clone().map(|v| &more[v])))
             .collect();
         assert_eq!(got, expected);
+    }
+
+    /// The same for a request of a transaction, all parts of its reply; `expected` are values and versions of what it read,
+    /// and `failing` is what a part but the last said.
+    pub(crate) fn txn_at_all_sizes<P: Protocol>(
+        request: TxnRequest,
+        commands: &[Command],
+        input: &[u8],
+        reply: TxnReply<'_>,
+        expected: &[(Option<&[u8]>, u64)],
+        failing: Option<&[u8]>,
+    ) {
+        let more = [input, input].concat();
+        for cut in (0..input.len()).chain([more.len()]) {
+            let input = &more[..cut];
+            let (mut at, mut read, mut failed, mut items) = (0, Vec::new(), None, Vec::new());
+            let end = loop {
+                let parts = TxnState {
+                    request,
+                    parts: read.len(),
+                };
+                let rest = &input[at..];
+                let part = P::txn_reply(parts, commands.len(), |i| commands[i], rest, &mut items);
+                let Parsed::Done(part, len) = part else { break part };
+                let values = items.iter().map(|i| (i.value.clone().map(|v| &rest[v]), i.version));
+                read.push(values.collect::<Vec<_>>());
+                at += len;
+                match part {
+                    TxnReply::Part => {}
+                    TxnReply::Failing(text) => failed = failed.or(Some(text)),
+                    end => break Parsed::Done(end, at),
+                }
+            };
+            if cut < more.len() {
+                assert_eq!(end, Parsed::Incomplete, "{cut} bytes");
+            } else {
+                assert_eq!(end, Parsed::Done(reply, more.len() / 2));
+                assert_eq!((read.concat(), failed), (expected.to_vec(), failing));
+            }
+        }
+    }
+
+    #[test]
+    fn limits_are_the_servers() {
+        let config = memkv::config::Config::default();
+        let limits = config.limits;
+        let keys = [limits.request_keys_max, limits.txn_ops_max];
+        assert_eq!(keys, [BATCH_KEYS_MAX as u32; 2]);
+        let bytes = [
+            limits.txn_bytes_max.0,
+            limits.request_bytes_max(),
+            limits.response_bytes_max(),
+        ];
+        assert_eq!(bytes, [BATCH_BYTES_MAX; 3]);
     }
 
     #[test]

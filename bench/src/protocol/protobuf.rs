@@ -4,7 +4,9 @@
 //! has the same id, of two bytes: a client that counts its requests sends as many bytes, and as replies come in the order
 //! of their requests nothing depends on the number.
 
-use super::{Item, KeyList, MultiReply, Parsed, Protocol, Reply};
+use super::{
+    BATCH_KEYS_MAX, Entry, Item, KeyList, MultiReply, Op, Parsed, Protocol, Reply, TxnReply, TxnRequest, TxnState,
+};
 use crate::workload::{Command, Value};
 use std::ops::Range;
 
@@ -22,10 +24,25 @@ mod field {
     pub(super) const GET: u8 = 2;
     pub(super) const SET: u8 = 3;
     pub(super) const DELETE: u8 = 4;
-    /// The keys of a get and of a delete, the entries of a set, the key of an entry.
+    pub(super) const TXN: u8 = 9;
+    /// The keys of a get and of a delete, the entries of a set, the key of an entry and of a comparison.
     pub(super) const FIRST: u8 = 1;
     /// The value of an entry.
     pub(super) const VALUE: u8 = 2;
+    /// Of a get: versions are wanted.
+    pub(super) const WITH_VERSION: u8 = 2;
+    /// A comparison of a transaction, and an operation for success.
+    pub(super) const COMPARE: u8 = 1;
+    pub(super) const SUCCESS: u8 = 2;
+    /// The condition of a comparison.
+    pub(super) const CONDITION: u8 = 2;
+    /// Conditions: there is no item, or it has this version.
+    pub(super) const ABSENT: u8 = 1;
+    pub(super) const VERSION: u8 = 3;
+    /// What an operation is.
+    pub(super) const OP_GET: u8 = 1;
+    pub(super) const OP_SET: u8 = 2;
+    pub(super) const OP_DELETE: u8 = 3;
 }
 
 /// Longest reply in bytes. One that is said to be longer is none.
@@ -96,12 +113,49 @@ fn push_command(out: &mut Vec<u8>, command: u8, len: usize) {
 #[inline(always)]
 fn push_key_command(out: &mut Vec<u8>, command: u8, key: &[u8]) {
     push_command(out, command, field_len(key.len()));
-    push_field(out, field::FIRST, key.len());
-    out.extend_from_slice(key);
+    push_bytes(out, field::FIRST, key);
+}
+
+/// How many bytes an entry takes.
+#[inline(always)]
+fn entry_len(key: &[u8], value: &Value<'_>) -> usize {
+    // Bytes that are empty are left out, as encoders do.
+    let value_len = if value.is_empty() { 0 } else { field_len(value.len()) };
+    field_len(key.len()) + value_len
+}
+
+/// Appends an entry as field `number`.
+#[inline(always)]
+fn push_entry(out: &mut Vec<u8>, number: u8, key: &[u8], value: &Value<'_>) {
+    push_field(out, number, entry_len(key, value));
+    push_bytes(out, field::FIRST, key);
+    if !value.is_empty() {
+        push_field(out, field::VALUE, value.len());
+        value.append_to(out);
+    }
+}
+
+/// Appends `bytes` as field `number`.
+#[inline(always)]
+fn push_bytes(out: &mut Vec<u8>, number: u8, bytes: &[u8]) {
+    push_field(out, number, bytes.len());
+    out.extend_from_slice(bytes);
+}
+
+/// The condition that a key still is as it was read: a field with a number.
+fn unchanged(read: &Item) -> (u8, usize) {
+    match read.value {
+        Some(_) => (field::VERSION, read.version as usize),
+        None => (field::ABSENT, 1),
+    }
 }
 
 impl Protocol for Protobuf {
     const NAME: &'static str = "protobuf";
+    const MULTI_SET_MAX: usize = BATCH_KEYS_MAX;
+    const TXN_MAX: usize = BATCH_KEYS_MAX;
+    // Its second request names each key twice, in a comparison and in an operation.
+    const CHECKED_TXN_MAX: usize = BATCH_KEYS_MAX / 2;
 
     #[inline(always)]
     fn get(out: &mut Vec<u8>, key: &[u8]) {
@@ -110,17 +164,8 @@ impl Protocol for Protobuf {
 
     #[inline(always)]
     fn set(out: &mut Vec<u8>, key: &[u8], value: &Value<'_>) {
-        // Bytes that are empty are left out, as encoders do.
-        let value_len = if value.is_empty() { 0 } else { field_len(value.len()) };
-        let entry = field_len(key.len()) + value_len;
-        push_command(out, field::SET, field_len(entry));
-        push_field(out, field::FIRST, entry);
-        push_field(out, field::FIRST, key.len());
-        out.extend_from_slice(key);
-        if !value.is_empty() {
-            push_field(out, field::VALUE, value.len());
-            value.append_to(out);
-        }
+        push_command(out, field::SET, field_len(entry_len(key, value)));
+        push_entry(out, field::FIRST, key, value);
     }
 
     #[inline(always)]
@@ -131,8 +176,7 @@ impl Protocol for Protobuf {
     fn multi_get(out: &mut Vec<u8>, keys: &KeyList) {
         push_command(out, field::GET, keys.iter().map(|key| field_len(key.len())).sum());
         for key in keys.iter() {
-            push_field(out, field::FIRST, key.len());
-            out.extend_from_slice(key);
+            push_bytes(out, field::FIRST, key);
         }
     }
 
@@ -151,7 +195,7 @@ impl Protocol for Protobuf {
         };
         let reply = match (outcome, command, first.code) {
             (Outcome::Refused(text), ..) => Reply::Refused(text),
-            (Outcome::Executed, ..) if results != 1 => return Parsed::Malformed,
+            (Outcome::Executed { .. }, ..) if results != 1 => return Parsed::Malformed,
             (_, Command::Get | Command::MultiGet, code::OK) => Reply::Hit {
                 key: None,
                 value: &input[first.value],
@@ -167,27 +211,152 @@ impl Protocol for Protobuf {
     }
 
     fn multi_reply<'a>(width: usize, input: &'a [u8], items: &mut Vec<Item>) -> Parsed<MultiReply<'a>> {
-        items.clear();
-        let mut failed = None;
-        let parsed = response(input, |result| match result.code {
-            code::OK => items.push(Item {
-                key: 0..0,
-                value: Some(result.value),
-            }),
-            code::NOT_FOUND => items.push(Item { key: 0..0, value: None }),
-            other => failed = failed.or(Some(other)),
-        });
-        match (parsed, failed) {
-            (Parsed::Done(Outcome::Refused(text), len), _) => Parsed::Done(MultiReply::Refused(text), len),
-            (Parsed::Done(Outcome::Executed, len), Some(code)) => {
-                Parsed::Done(MultiReply::Refused(code::name(code)), len)
-            }
-            (Parsed::Done(Outcome::Executed, len), None) if items.len() == width => {
+        match batch((0..width).map(|_| Command::Get), input, items) {
+            Parsed::Done(Batch::Refused(text), len) => Parsed::Done(MultiReply::Refused(text), len),
+            Parsed::Done(Batch::Executed { results, .. }, len) if results == width => {
                 Parsed::Done(MultiReply::Items, len)
             }
-            (Parsed::Incomplete, _) => Parsed::Incomplete,
+            Parsed::Incomplete => Parsed::Incomplete,
             _ => Parsed::Malformed,
         }
+    }
+
+    fn multi_set<'a>(out: &mut Vec<u8>, entries: impl Iterator<Item = Entry<'a>> + Clone) {
+        let lens = entries.clone().map(|e| field_len(entry_len(e.key, &e.value)));
+        push_command(out, field::SET, lens.sum());
+        for entry in entries {
+            push_entry(out, field::FIRST, entry.key, &entry.value);
+        }
+    }
+
+    fn multi_set_reply(width: usize, input: &[u8]) -> Parsed<Reply<'_>> {
+        match batch((0..width).map(|_| Command::Set), input, &mut Vec::new()) {
+            Parsed::Done(Batch::Refused(text), len) => Parsed::Done(Reply::Refused(text), len),
+            Parsed::Done(Batch::Executed { results, .. }, len) if results == width => Parsed::Done(Reply::Stored, len),
+            Parsed::Incomplete => Parsed::Incomplete,
+            _ => Parsed::Malformed,
+        }
+    }
+
+    fn txn<'a>(out: &mut Vec<u8>, ops: impl Iterator<Item = Op<'a>> + Clone) {
+        let op_len = |op: Op<'a>| match op {
+            Op::Get(key) | Op::Delete(key) => field_len(key.len()),
+            Op::Set(entry) => field_len(entry_len(entry.key, &entry.value)),
+        };
+        push_command(out, field::TXN, ops.clone().map(|op| field_len(op_len(op))).sum());
+        for op in ops {
+            push_field(out, field::SUCCESS, op_len(op));
+            match op {
+                Op::Get(key) => push_bytes(out, field::OP_GET, key),
+                Op::Set(entry) => push_entry(out, field::OP_SET, entry.key, &entry.value),
+                Op::Delete(key) => push_bytes(out, field::OP_DELETE, key),
+            }
+        }
+    }
+
+    fn checked_txn<'a>(out: &mut Vec<u8>, entries: impl Iterator<Item = Entry<'a>> + Clone) {
+        let keys: usize = entries.clone().map(|entry| field_len(entry.key.len())).sum();
+        push_command(out, field::GET, keys + 2);
+        for entry in entries {
+            push_bytes(out, field::FIRST, entry.key);
+        }
+        out.extend_from_slice(&[field::WITH_VERSION << 3, 1]);
+    }
+
+    fn checked_writes<'a>(out: &mut Vec<u8>, entries: impl Iterator<Item = Entry<'a>> + Clone, read: &[Item]) {
+        let condition_len = |item: &Item| 1 + varint_len(unchanged(item).1);
+        let compare_len = |key: &[u8], item: &Item| field_len(key.len()) + field_len(condition_len(item));
+        let set_len = |entry: &Entry<'_>| field_len(entry_len(entry.key, &entry.value));
+        let lens = entries
+            .clone()
+            .zip(read)
+            .map(|(entry, item)| field_len(compare_len(entry.key, item)) + field_len(set_len(&entry)));
+        push_command(out, field::TXN, lens.sum());
+        for (entry, item) in entries.clone().zip(read) {
+            push_field(out, field::COMPARE, compare_len(entry.key, item));
+            push_bytes(out, field::FIRST, entry.key);
+            push_field(out, field::CONDITION, condition_len(item));
+            let (kind, number) = unchanged(item);
+            out.push(kind << 3);
+            push_varint(out, number);
+        }
+        for entry in entries {
+            push_field(out, field::SUCCESS, set_len(&entry));
+            push_entry(out, field::OP_SET, entry.key, &entry.value);
+        }
+    }
+
+    fn txn_reply<'a>(
+        state: TxnState,
+        width: usize,
+        command: impl Fn(usize) -> Command,
+        input: &'a [u8],
+        items: &mut Vec<Item>,
+    ) -> Parsed<TxnReply<'a>> {
+        let request = state.request;
+        let commands = (0..width).map(|i| match request {
+            TxnRequest::Checked => Command::Get,
+            _ => command(i),
+        });
+        match batch(commands, input, items) {
+            Parsed::Done(Batch::Refused(text), len) => Parsed::Done(TxnReply::Refused(text), len),
+            Parsed::Done(Batch::Executed { results, txn }, len) => match (request, txn) {
+                (TxnRequest::Checked, None) if results == width => Parsed::Done(TxnReply::Read, len),
+                (TxnRequest::Plain | TxnRequest::Writes, Some(true)) if results == width => {
+                    Parsed::Done(TxnReply::Committed, len)
+                }
+                (TxnRequest::Writes, Some(false)) if results == 0 => Parsed::Done(TxnReply::Changed, len),
+                _ => Parsed::Malformed,
+            },
+            Parsed::Incomplete => Parsed::Incomplete,
+            Parsed::Malformed => Parsed::Malformed,
+        }
+    }
+}
+
+/// The reply to a request for several keys.
+enum Batch<'a> {
+    /// It was done, and has so many results.
+    Executed {
+        results: usize,
+        /// As in [`Outcome::Executed`].
+        txn: Option<bool>,
+    },
+    /// The server refused all of it, or what one key was to get; its words, or the code's name.
+    Refused(&'a [u8]),
+}
+
+/// Reads a response with a result for each of `commands`, or none, and lists in `items` what was read.
+fn batch<'a>(mut commands: impl Iterator<Item = Command>, input: &'a [u8], items: &mut Vec<Item>) -> Parsed<Batch<'a>> {
+    items.clear();
+    let (mut results, mut failed) = (0, None);
+    let parsed = response(input, |result| {
+        results += 1;
+        let value = match (commands.next(), result.code) {
+            (Some(Command::Get), code::OK) => Some(result.value),
+            (Some(Command::Get), code::NOT_FOUND) => None,
+            (Some(Command::Set | Command::Delete), code::OK) | (Some(Command::Delete), code::NOT_FOUND) => return,
+            (_, other) => {
+                failed = failed.or(Some(other));
+                return;
+            }
+        };
+        items.push(Item {
+            key: 0..0,
+            value,
+            version: result.version,
+        });
+    });
+    match (parsed, failed) {
+        (Parsed::Done(Outcome::Refused(text), len), _) => Parsed::Done(Batch::Refused(text), len),
+        // More results than there were keys.
+        (Parsed::Done(..), Some(code::OK)) => Parsed::Malformed,
+        (Parsed::Done(Outcome::Executed { .. }, len), Some(code)) => {
+            Parsed::Done(Batch::Refused(code::name(code)), len)
+        }
+        (Parsed::Done(Outcome::Executed { txn }, len), None) => Parsed::Done(Batch::Executed { results, txn }, len),
+        (Parsed::Incomplete, _) => Parsed::Incomplete,
+        (Parsed::Malformed, _) => Parsed::Malformed,
     }
 }
 
@@ -195,7 +364,10 @@ impl Protocol for Protobuf {
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome<'a> {
     /// There are results.
-    Executed,
+    Executed {
+        /// Of a transaction: whether its comparisons held.
+        txn: Option<bool>,
+    },
     /// The server refused the request; its words.
     Refused(&'a [u8]),
 }
@@ -206,6 +378,7 @@ struct KeyResult {
     code: u64,
     /// Where the value is.
     value: Range<usize>,
+    version: u64,
 }
 
 /// The content of a field.
@@ -280,19 +453,20 @@ fn response(input: &[u8], each: impl FnMut(KeyResult)) -> Parsed<Outcome<'_>> {
 /// Reads the fields of a response that begins at `start` and ends `message`.
 #[inline(always)]
 fn fields(message: &[u8], start: usize, mut each: impl FnMut(KeyResult)) -> Option<Outcome<'_>> {
-    let (mut at, mut id, mut code, mut text) = (start, 0, code::OK, 0..0);
+    let (mut at, mut id, mut code, mut text, mut txn) = (start, 0, code::OK, 0..0, None);
     while at < message.len() {
         match next_field(message, &mut at)? {
             (1, Content::Number(n)) => id = n,
             (2, Content::Number(n)) => code = n,
             (3, Content::Bytes(bytes)) => text = bytes,
             (4, Content::Bytes(bytes)) => each(key_result(&message[..bytes.end], bytes.start)?),
-            (1..=4, _) => return None,
+            (7, Content::Bytes(bytes)) => txn = Some(txn_report(&message[..bytes.end], bytes.start)?),
+            (1..=4 | 7, _) => return None,
             _ => {}
         }
     }
     match code {
-        code::OK if id == ID => Some(Outcome::Executed),
+        code::OK if id == ID => Some(Outcome::Executed { txn }),
         code::OK => None,
         code if text.is_empty() => Some(Outcome::Refused(code::name(code))),
         _ => Some(Outcome::Refused(&message[text])),
@@ -307,16 +481,30 @@ fn key_result(input: &[u8], start: usize) -> Option<KeyResult> {
         match next_field(input, &mut at)? {
             (1, Content::Number(n)) => result.code = n,
             (2, Content::Bytes(bytes)) => result.value = bytes,
-            (1 | 2, _) => return None,
+            (5, Content::Number(n)) => result.version = n,
+            (1 | 2 | 5, _) => return None,
             _ => {}
         }
     }
     Some(result)
 }
 
+/// Reads the report on a transaction that begins at `start` and ends `input`: whether it succeeded.
+fn txn_report(input: &[u8], start: usize) -> Option<bool> {
+    let (mut at, mut succeeded) = (start, false);
+    while at < input.len() {
+        match next_field(input, &mut at)? {
+            (1, Content::Number(n)) => succeeded = n != 0,
+            (1, _) => return None,
+            _ => {}
+        }
+    }
+    Some(succeeded)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{at_all_sizes, multi_at_all_sizes};
+    use super::super::tests::{at_all_sizes, multi_at_all_sizes, txn_at_all_sizes};
     use super::*;
     use memkv::proto::{self, Code, message};
     use prost::Message;
@@ -391,10 +579,85 @@ mod tests {
         assert_eq!(Protobuf::multi_reply(2, &input, &mut items), refused);
     }
 
+    #[test]
+    fn multi_sets_at_all_fragment_sizes() {
+        let reply = |codes: &[Code]| response(codes.iter().map(|code| result(*code, b"")).collect());
+        let full = reply(&[Code::Ok, Code::OutOfMemory]);
+        for (input, expected) in [
+            (reply(&[Code::Ok; 2]), Reply::Stored),
+            (full, Reply::Refused(b"OUT_OF_MEMORY")),
+            (refusal(Code::TooLarge, "too long"), Reply::Refused(b"too long")),
+        ] {
+            for cut in 0..input.len() {
+                assert_eq!(Protobuf::multi_set_reply(2, &input[..cut]), Parsed::Incomplete);
+            }
+            let more = [&input[..], &input].concat();
+            let parsed = Protobuf::multi_set_reply(2, &more);
+            assert_eq!(parsed, Parsed::Done(expected, input.len()));
+        }
+        for codes in [&[Code::Ok][..], &[Code::Ok; 3]] {
+            assert_eq!(Protobuf::multi_set_reply(2, &reply(codes)), Parsed::Malformed);
+        }
+    }
+
+    #[test]
+    fn transactions_at_all_fragment_sizes() {
+        let txn = |succeeded, results| {
+            let response = proto::Response {
+                id: ID,
+                results,
+                txn: Some(proto::TxnReport { succeeded }),
+                ..Default::default()
+            };
+            response.encode_length_delimited_to_vec()
+        };
+        let versioned = |value, version| proto::KeyResult {
+            version,
+            ..result(Code::Ok, value)
+        };
+        let (missing, done) = (result(Code::NotFound, b""), result(Code::Ok, b""));
+        let ops = [Command::Get, Command::Set, Command::Get, Command::Delete];
+        let input = txn(
+            true,
+            vec![result(Code::Ok, b"v"), done.clone(), missing.clone(), missing.clone()],
+        );
+        let read = [(Some(&b"v"[..]), 0), (None, 0)];
+        txn_at_all_sizes::<Protobuf>(TxnRequest::Plain, &ops, &input, TxnReply::Committed, &read, None);
+        let no = TxnReply::Refused(b"too many");
+        let input = refusal(Code::InvalidArgument, "too many");
+        txn_at_all_sizes::<Protobuf>(TxnRequest::Plain, &ops, &input, no, &[], None);
+
+        let sets = [Command::Set; 2];
+        let input = response(vec![versioned(b"v", u64::MAX), missing]);
+        let read = [(Some(&b"v"[..]), u64::MAX), (None, 0)];
+        txn_at_all_sizes::<Protobuf>(TxnRequest::Checked, &sets, &input, TxnReply::Read, &read, None);
+        let input = txn(true, vec![done.clone(), done]);
+        txn_at_all_sizes::<Protobuf>(TxnRequest::Writes, &sets, &input, TxnReply::Committed, &[], None);
+        let failed = txn(false, vec![]);
+        txn_at_all_sizes::<Protobuf>(TxnRequest::Writes, &sets, &failed, TxnReply::Changed, &[], None);
+
+        // A transaction without conditions cannot fail, nor can results be fewer or more; and a Get is no transaction.
+        fn parse(request: TxnRequest, input: &[u8]) -> Parsed<TxnReply<'_>> {
+            let state = TxnState { request, parts: 0 };
+            Protobuf::txn_reply(state, 2, |_| Command::Set, input, &mut Vec::new())
+        }
+        assert_eq!(parse(TxnRequest::Plain, &failed), Parsed::Malformed);
+        assert_eq!(parse(TxnRequest::Checked, &input), Parsed::Malformed);
+        for results in [1, 3] {
+            let results = || vec![result(Code::Ok, b""); results];
+            assert_eq!(parse(TxnRequest::Writes, &txn(true, results())), Parsed::Malformed);
+            assert_eq!(parse(TxnRequest::Checked, &response(results())), Parsed::Malformed);
+        }
+        assert_eq!(
+            parse(TxnRequest::Writes, &response(vec![result(Code::Ok, b""); 2])),
+            Parsed::Malformed
+        );
+    }
+
     /// Fields in another order, fields of a later version of every wire type, a varint with needless bytes.
     #[test]
     fn fields_may_come_in_any_order() {
-        let result = [0x12, 1, b'v', 0x29, 1, 2, 3, 4, 5, 6, 7, 8, 0x08, 0x80, 0x00];
+        let result = [0x12, 1, b'v', 0x31, 1, 2, 3, 4, 5, 6, 7, 8, 0x08, 0x80, 0x00];
         let mut body = vec![0x22, result.len() as u8];
         body.extend_from_slice(&result);
         body.extend_from_slice(&[0x7d, 1, 2, 3, 4]);
@@ -478,6 +741,89 @@ mod tests {
             out.clear();
             Protobuf::multi_get(&mut out, &keys);
             assert_eq!(out, generated(message::Command::Get(get(&[b"a", &key]))));
+        }
+    }
+
+    #[test]
+    fn transactions_are_those_of_the_generated_encoder() {
+        use proto::{condition::Is, operation::Operation};
+        let generated = |command| {
+            let message = proto::Message {
+                id: ID,
+                command: Some(command),
+            };
+            message.encode_length_delimited_to_vec()
+        };
+        for (len, version) in [(1, 1), (100, 127), (127, 128), (300, 1 << 40), (20_000, u64::MAX)] {
+            let (key, value) = (vec![b'k'; len], vec![b'v'; len]);
+            let entries = [(&b"a"[..], &b""[..]), (&key, &value)].map(|(key, value)| Entry {
+                key,
+                value: Value::plain(value),
+            });
+            let known = [(&b"a"[..], &b""[..]), (&key, &value)].map(|(key, value)| proto::Entry {
+                key: key.into(),
+                value: value.into(),
+                ..Default::default()
+            });
+            let mut out = Vec::new();
+            Protobuf::multi_set(&mut out, entries.into_iter());
+            let set = proto::Set {
+                entries: known.to_vec(),
+            };
+            assert!(out == generated(message::Command::Set(set)), "{len} bytes");
+
+            let operation = |operation| proto::Operation {
+                operation: Some(operation),
+                with_version: false,
+            };
+            let ops = [
+                Op::Get(&key),
+                Op::Set(entries[0]),
+                Op::Set(entries[1]),
+                Op::Delete(b"d"),
+            ];
+            let success = vec![
+                operation(Operation::Get(key.clone())),
+                operation(Operation::Set(known[0].clone())),
+                operation(Operation::Set(known[1].clone())),
+                operation(Operation::Delete(b"d".to_vec())),
+            ];
+            let txn = proto::Txn {
+                success,
+                ..Default::default()
+            };
+            out.clear();
+            Protobuf::txn(&mut out, ops.into_iter());
+            assert!(out == generated(message::Command::Txn(txn)), "{len} bytes");
+
+            out.clear();
+            Protobuf::checked_txn(&mut out, entries.into_iter());
+            let get = proto::Get {
+                keys: vec![b"a".to_vec(), key.clone()],
+                with_version: true,
+            };
+            assert!(out == generated(message::Command::Get(get)), "{len} bytes");
+
+            let read = [(None, 0), (Some(0..0), version)].map(|(value, version)| Item {
+                key: 0..0,
+                value,
+                version,
+            });
+            let compare = |key: &[u8], is| proto::Compare {
+                key: key.into(),
+                condition: Some(proto::Condition { is: Some(is) }),
+            };
+            let txn = proto::Txn {
+                compare: vec![compare(b"a", Is::Absent(true)), compare(&key, Is::Version(version))],
+                success: known.map(|entry| operation(Operation::Set(entry))).to_vec(),
+                failure: vec![],
+            };
+            out.clear();
+            Protobuf::checked_writes(&mut out, entries.into_iter(), &read);
+            assert!(
+                out == generated(message::Command::Txn(txn)),
+                "{len} bytes, version {version}"
+            );
         }
     }
 

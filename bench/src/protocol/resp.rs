@@ -73,7 +73,7 @@ impl Protocol for Resp {
             Command::Set if input.starts_with(b"+OK\r\n") => Parsed::Done(Reply::Stored, 5),
             Command::Delete if input.starts_with(b":1\r\n") => Parsed::Done(Reply::Deleted, 4),
             Command::Delete if input.starts_with(b":0\r\n") => Parsed::Done(Reply::NotFound, 4),
-            Command::Set | Command::Delete => unexpected(input, is_error),
+            _ => unexpected(input, is_error),
         }
     }
 
@@ -103,6 +103,7 @@ impl Protocol for Resp {
                     items.push(Item {
                         key: 0..0,
                         value: value.map(|v| v.start + at..v.end + at),
+                        version: 0,
                     });
                     at += len;
                 }
