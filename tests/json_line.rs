@@ -3,9 +3,10 @@
 
 mod support;
 
+use memkv::partition::RangeTable;
 use memkv::protocol::Protocol;
-use support::World;
 use support::protobuf::{ask as ask_protobuf, entry, request, set};
+use support::{TOKEN_SEED, World};
 
 const OK: &str = "{\"status\": \"Ok\"}\n";
 
@@ -110,6 +111,37 @@ fn a_transaction_over_its_limit_cannot_be_committed() {
             assert_eq!(before, after);
         }
     }
+}
+
+/// The server is slow, not the client: its COMMIT has credit of one core already and waits for that of another one.
+#[test]
+fn a_commit_that_waits_for_credit_is_not_silence() {
+    let mut world = World::new(3, &["--mesh-requests-max", "1", "--txn-idle-timeout", "1s"]);
+    let (client, other) = (
+        world.connect(0, Protocol::JsonLine),
+        world.connect(0, Protocol::JsonLine),
+    );
+    let table = RangeTable::even(TOKEN_SEED, 3, 3);
+    let key_of = |core: u16| {
+        let mut keys = (0..).map(|number| format!("key{number}"));
+        keys.find(|key| table.core_of(table.shard_of(table.place(key.as_bytes()).token)).0 == core)
+            .unwrap_or_default()
+    };
+    let (near, far) = (key_of(1), key_of(2));
+    let begun = say(&mut world, client, &format!("START\nPUT {near} 1\nPUT {far} 1\n"));
+    assert_eq!(begun, OK.repeat(3));
+    world.send(other, format!("GET {far}\n").as_bytes());
+    world.send(client, b"COMMIT\n");
+    world.pass(1500);
+    world.settle();
+    assert_eq!(world.take(client), OK.as_bytes());
+    // No credit is lost.
+    world.take(other);
+    for key in [near, far] {
+        let found = "{\"status\": \"Ok\", \"result\": \"1\"}\n";
+        assert_eq!(say(&mut world, other, &format!("GET {key}\n")), found);
+    }
+    assert!(world.engines.iter().all(|engine| engine.is_quiet()));
 }
 
 /// What is kept for the commit is charged, and given back whatever becomes of it.

@@ -140,6 +140,11 @@ fn seeds_that_found_bugs() {
         ),
         (1799, "the same"),
         (2440, "the same"),
+        (
+            5068,
+            "a COMMIT that waited for credit was taken for silence, and lost the credit that it had",
+        ),
+        (9618, "the same"),
     ] {
         let complaint = complaint(&run(seed, None));
         assert!(complaint.is_none(), "{bug}: {}", complaint.unwrap_or_default());
@@ -223,6 +228,11 @@ fn catches_a_lost_decision() {
 #[test]
 fn catches_a_decision_that_is_only_said_to_be_carried_out() {
     catches(Mutation::FeignDecision, by_its_history);
+}
+
+#[test]
+fn catches_a_commit_without_its_checks() {
+    catches(Mutation::CommitUnchecked, by_its_history);
 }
 
 #[test]

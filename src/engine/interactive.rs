@@ -5,7 +5,7 @@ use crate::encoding::{Reader, Rope};
 use crate::interactive::OpenTxn;
 use crate::model::{Command, Op, Transaction, Version};
 use crate::protocol::{self, Buffered, Shape, TxnResults};
-use crate::session::Session;
+use crate::session::{Blocked, Session};
 
 const TOO_MANY: &str = "the transaction has too many commands: roll it back";
 const TOO_LARGE: &str = "the transaction is too large: roll it back";
@@ -84,7 +84,9 @@ impl Engine {
     pub(super) fn doom_if_silent(&mut self, session: &mut Session) {
         let limit_ms = self.config.limits.txn_idle_timeout.as_millis() as u64;
         let silent_ms = self.now.0.saturating_sub(session.last_received_ms);
-        if limit_ms > 0 && silent_ms >= limit_ms && session.in_flight() == 0 {
+        // Who waits for credit was not silent; and what its COMMIT has got of it already must be used.
+        let waits = matches!(session.blocked, Blocked::Credit(_));
+        if limit_ms > 0 && silent_ms >= limit_ms && session.in_flight() == 0 && !waits {
             self.doom(session, TIMED_OUT);
         }
     }

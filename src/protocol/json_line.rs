@@ -97,9 +97,9 @@ pub(super) fn step<'a>(state: State, input: &'a [u8], env: &Env<'a>) -> Step<'a>
         return at(Decoded::Nothing, used, next);
     }
     let (verb, rest) = word(line);
-    // `GET / HTTP/1.1`: a browser, or a page that talks to a local port.
-    let last = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
-    if last.starts_with(b"HTTP/") && HTTP_VERBS.contains(&verb) {
+    // `GET / HTTP/1.1`: a browser, or a page that talks to a local port. More words are a value that ends like that.
+    let (_, version) = word(rest);
+    if version.starts_with(b"HTTP/") && !version.contains(&b' ') && HTTP_VERBS.contains(&verb) {
         return at(Decoded::Close(b""), used, next);
     }
     if std::str::from_utf8(line).is_err() {
@@ -302,7 +302,7 @@ fn push_json_string(out: &mut Vec<u8>, text: &str) {
             '\t' => b't',
             '\u{8}' => b'b',
             '\u{c}' => b'f',
-            ' '..='\u{7f}' => {
+            ' '..='~' => {
                 out.push(character as u8);
                 continue;
             }
@@ -331,7 +331,7 @@ mod tests {
         for (text, json) in [
             ("3 * 3 = 9", r#""3 * 3 = 9""#),
             ("\"\\/", r#""\"\\/""#),
-            ("\n\r\t\u{8}\u{c}\u{1}\u{7f}", "\"\\n\\r\\t\\b\\f\\u0001\u{7f}\""),
+            ("\n\r\t\u{8}\u{c}\u{1}~\u{7f}", r#""\n\r\t\b\f\u0001~\u007f""#),
             ("说é", r#""\u8bf4\u00e9""#),
             ("🐘", r#""\ud83d\udc18""#),
         ] {

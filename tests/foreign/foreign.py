@@ -3,7 +3,7 @@
 Started by `run`, which installs what is needed and sets MEMKV_TPC. A test is a
 function whose name begins with test_; it fails by raising. The golden
 transcripts come first, many at a time, so that their sleeps overlap; then the
-tests here, of the text protocols, and those in protobuf.py.
+tests here, of the text protocols, and those in protobuf.py and json_line.py.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ import time
 
 from pymemcache.exceptions import MemcacheClientError, MemcacheServerError
 
+import json_line
 import protobuf
 import replay
 from support import (
@@ -53,7 +54,7 @@ def golden_jobs():
         if not replay.Transcript(path).differs:
             yield f"golden memcached/{path.name} against the real memcached", lambda p=path: golden_real(p)
     for cores in (1, 2):
-        for folder in ("memcached", "text"):
+        for folder in ("memcached", "text", "json_line"):
             for path in sorted((replay.GOLDEN / folder).glob("*.txt")):
                 yield f"golden {folder}/{path.name} --cores {cores}", lambda p=path, c=cores: golden(p, c)
 
@@ -66,11 +67,11 @@ def golden_real(path):
 
 def golden(path, cores):
     transcript = replay.Transcript(path)
-    text = path.parent.name == "text"
+    folder = path.parent.name
     with Server(cores) as server:
-        address = server.text if text else server.memcached
+        address = getattr(server, folder)
         for size in [0] if transcript.sleeps else [0, 10, 1]:
-            replay.empty(address, text)
+            replay.empty(server.memcached, False)
             if why := replay.replay(path, address, size):
                 raise AssertionError(why)
 
@@ -646,12 +647,12 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16, hard))
     wanted = sys.argv[1:]
     chosen = lambda name: not wanted or any(word in name for word in wanted)
-    tests = [*tests_of(sys.modules[__name__]), *tests_of(protobuf)]
+    tests = [*tests_of(sys.modules[__name__]), *tests_of(protobuf), *tests_of(json_line)]
     results = []
     # Those that sleep longest start first.
     jobs = sorted(
         ((name, job) for name, job in golden_jobs() if chosen(name)),
-        key=lambda named: ("flush_all" not in named[0], "expiry" not in named[0] and "touch" not in named[0]),
+        key=lambda named: ("silence" not in named[0], "flush_all" not in named[0], "expiry" not in named[0] and "touch" not in named[0]),
     )
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         results += pool.map(lambda named: attempt(*named), jobs)

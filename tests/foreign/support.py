@@ -49,7 +49,9 @@ class Server:
             self.process.kill()
             self.process.wait()
             raise
-        self.memcached, self.text, self.protobuf = map(self.addresses.get, ("memcached", "text", "protobuf"))
+        self.memcached, self.text, self.protobuf, self.json_line = map(
+            self.addresses.get, ("memcached", "text", "protobuf", "json-line")
+        )
         return self
 
     def wait_until_ready(self):
@@ -60,7 +62,7 @@ class Server:
             if not data:
                 raise AssertionError(f"the server does not get ready; it says {seen!r} and {self.messages()!r}")
             seen += data
-        for name, host, port in re.findall(r"^listening (\w+) (\S+):(\d+)$", seen.decode(), re.M):
+        for name, host, port in re.findall(r"^listening ([\w-]+) (\S+):(\d+)$", seen.decode(), re.M):
             self.addresses[name] = (host, int(port))
         own = re.findall(r"^listening protobuf (\S+):(\d+) core \d+$", seen.decode(), re.M)
         self.core_ports = [(host, int(port)) for host, port in own]

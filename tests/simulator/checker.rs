@@ -8,7 +8,7 @@
 //!
 //! Beyond that, calls of one connection that share a key are done in the order in which they were asked.
 
-use super::model::{Call, Key, NUMBERS_APART, Outcome, Said, State, Value, apply};
+use super::model::{Call, Key, Outcome, Said, State, Value, apply};
 use ahash::{AHashSet, RandomState};
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -261,10 +261,7 @@ fn shrink(calls: &[Call]) -> Vec<Call> {
 
 /// What was written where this was read.
 fn origin((key, value): (Key, Value)) -> (Key, Value) {
-    match value {
-        Value::Number(number) => (key, Value::Number(number - number % NUMBERS_APART)),
-        text => (key, text),
-    }
+    (key, value.written())
 }
 
 fn explain(calls: &[Call]) -> String {
@@ -322,7 +319,7 @@ mod tests {
             responded,
             invoked_ms: invoked,
             responded_ms: responded,
-            tight: false,
+            may_be_refused: false,
         }
     }
 
@@ -414,6 +411,41 @@ mod tests {
         };
         // Write skew: both found both absent.
         assert!(is_good(&[claim(0, 1)]) && !is_good(&[claim(0, 1), claim(1, 2)]));
+    }
+
+    /// A COMMIT that depends on what was read before.
+    #[test]
+    fn checked_commits() {
+        let commit = |client, held, checks: &[(Key, Must)], key: Key, value| {
+            let op = Op {
+                checks: checks.to_vec(),
+                success: vec![Act::Put(key, Value::Text(value), Ends::Never)],
+                failure: vec![],
+            };
+            let mut call = call(client, 5, 9, op, &[]);
+            let outcomes = if held {
+                vec![Outcome::Stored { version: None }]
+            } else {
+                vec![]
+            };
+            call.said = Said::Done {
+                held: Held::All(held),
+                outcomes,
+            };
+            call
+        };
+        let before = put(0, 1, 2, &[(0, 1), (1, 1)]);
+        let (one, two) = ([(0, Must::Be(Value::Text(1)))], [(1, Must::Be(Value::Text(1)))]);
+        let first = commit(1, true, &one, 1, 2);
+        assert!(is_good(&[before.clone(), first.clone()]));
+        // Write skew: each read what the other one wrote.
+        assert!(!is_good(&[before.clone(), first.clone(), commit(2, true, &two, 0, 3)]));
+        let failed = commit(2, false, &two, 0, 3);
+        assert!(is_good(&[before.clone(), first.clone(), failed.clone()]));
+        // It failed, and yet it wrote; it failed without a reason.
+        let seen = get(3, 10, 11, &[(0, Some(3))]);
+        assert!(!is_good(&[before.clone(), first, failed.clone(), seen]));
+        assert!(!is_good(&[before, failed]));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Clients: what they ask, as bytes; and what they are told, from bytes.
 
+use super::json_line::{self, Line, Talk};
 use super::model::{Act, Ends, Held, Key, Must, NUMBERS_APART, Op, Outcome, Said, Value};
 use super::random::Random;
 use super::support::protobuf::{only_if, request};
@@ -14,7 +15,7 @@ use memkv::proto::{
 };
 use memkv::protocol::Protocol;
 use prost::Message;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 /// What a seed's clients like to do.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub struct Habits {
     pub keys_max: usize,
     /// Requests that are refused for lack of room are no mistake.
     pub tight: bool,
+    /// Nor are transactions that are refused for their size.
+    pub limited: bool,
 }
 
 /// What all clients of a seed know together.
@@ -39,6 +42,8 @@ pub struct Common {
     /// By number.
     texts: Vec<Vec<u8>>,
     numbers: u64,
+    /// Of a protocol without flags.
+    plain: HashSet<Value>,
     /// By key: versions that somebody was told, the latest last.
     versions: Vec<Vec<u64>>,
 }
@@ -55,10 +60,11 @@ impl Common {
             random,
             texts: vec![],
             numbers: 0,
+            plain: HashSet::new(),
         }
     }
 
-    fn key(&mut self) -> Key {
+    pub fn key(&mut self) -> Key {
         self.random.below(self.keys.len())
     }
 
@@ -91,15 +97,32 @@ impl Common {
         Value::Text(number as u32)
     }
 
-    fn bytes(&self, value: Value) -> (Vec<u8>, u32) {
-        match value {
+    /// A value to be written without flags.
+    pub fn plain_value(&mut self) -> Value {
+        let value = self.value();
+        self.plain.insert(value);
+        value
+    }
+
+    /// The bytes of a value, and its flags.
+    pub fn bytes(&self, value: Value) -> (Vec<u8>, u32) {
+        let (bytes, flags) = match value {
             Value::Text(number) => (self.texts[number as usize].clone(), number % 7),
             Value::Number(number) => (number.to_string().into_bytes(), NUMBER_FLAGS),
-        }
+        };
+        let is_plain = self.plain.contains(&value.written());
+        (bytes, if is_plain { 0 } else { flags })
     }
 
     /// Whose value these bytes are; they must be all of it.
     fn recognize(&self, bytes: &[u8], flags: u32) -> Value {
+        let value = self.recognize_plain(bytes);
+        assert_eq!(self.bytes(value).1, flags, "{value} came back with other flags");
+        value
+    }
+
+    /// The same, told without flags.
+    pub fn recognize_plain(&self, bytes: &[u8]) -> Value {
         let value = match bytes.strip_prefix(b"v") {
             Some(rest) => {
                 let digits = rest.split(|byte| *byte == b':').next().unwrap_or_default();
@@ -118,10 +141,7 @@ impl Common {
             Value::Number(_) => true,
         });
         let value = value.unwrap_or_else(|| panic!("a value that nobody wrote: {:?}", String::from_utf8_lossy(bytes)));
-        assert!(
-            self.bytes(value) == (bytes.to_vec(), flags),
-            "{value} came back changed"
-        );
+        assert!(self.bytes(value).0 == bytes, "{value} came back changed");
         value
     }
 
@@ -158,7 +178,7 @@ impl Common {
 
 /// How the answer to a request is to be understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answer {
+pub enum Answer {
     /// Protobuf: a result for each act.
     Results,
     /// Protobuf: a code for each check, one of each key, if one of them failed.
@@ -176,6 +196,8 @@ enum Answer {
     Deleted,
     Counted,
     FlushedText,
+    /// JSON-line.
+    Line(Line),
 }
 
 /// A request that is to be sent, or was, and is not answered.
@@ -194,6 +216,8 @@ pub struct Asked {
     pub begins_at: u64,
     /// The step and the moment at which it was invoked.
     pub invoked: Option<(u64, u64)>,
+    /// It is not answered, and may have been refused.
+    pub may_be_refused: bool,
 }
 
 /// One connection and who is behind it.
@@ -217,12 +241,13 @@ pub struct Actor {
     queued_bytes: u64,
     pub sent_bytes: u64,
     ids: u64,
+    talk: Talk,
 }
 
 /// A request as it is made.
-struct Draft {
+pub struct Draft {
     bytes: Vec<u8>,
-    ops: Vec<Op>,
+    pub ops: Vec<Op>,
     answer: Answer,
     versions: bool,
     flushes_in: Option<u64>,
@@ -231,7 +256,7 @@ struct Draft {
 }
 
 impl Draft {
-    fn new(bytes: Vec<u8>, op: Op, answer: Answer) -> Self {
+    pub fn new(bytes: Vec<u8>, op: Op, answer: Answer) -> Self {
         Self {
             bytes,
             ops: vec![op],
@@ -261,6 +286,7 @@ impl Actor {
             queued_bytes: 0,
             sent_bytes: 0,
             ids: 0,
+            talk: Talk::default(),
         }
     }
 
@@ -273,20 +299,25 @@ impl Actor {
     pub fn ask(&mut self, common: &mut Common) {
         let draft = match self.protocol {
             Protocol::Protobuf => self.protobuf(common),
+            Protocol::JsonLine => self.talk.ask(common),
             _ => memcached(common),
         };
         self.left -= 1;
         self.push(draft);
     }
 
-    /// Asks for the values of all keys: at one instant in protobuf, of each by itself in memcached.
+    /// Asks for the value of each key.
     pub fn ask_all(&mut self, common: &Common) {
         let keys: Vec<Key> = (0..common.keys.len()).collect();
-        let draft = match self.protocol {
-            Protocol::Protobuf => self.protobuf_get(common, &keys, false),
-            _ => memcached_get(common, &keys, false),
-        };
-        self.push(draft);
+        match self.protocol {
+            // At one instant.
+            Protocol::Protobuf => {
+                let draft = self.protobuf_get(common, &keys, false);
+                self.push(draft);
+            }
+            Protocol::JsonLine => keys.iter().for_each(|key| self.push(json_line::get(common, *key))),
+            _ => self.push(memcached_get(common, &keys, false)),
+        }
     }
 
     /// Empties the store, all at once or key by key.
@@ -317,6 +348,7 @@ impl Actor {
             flushes_in: draft.flushes_in,
             begins_at: if draft.early { begins_at } else { self.queued_bytes - 1 },
             invoked: None,
+            may_be_refused: false,
         });
     }
 
@@ -496,7 +528,7 @@ impl Actor {
         if self.inbox.is_empty() {
             return None;
         }
-        let asked = self.asked.front().expect("an answer that nobody asked for");
+        let asked = self.asked.front_mut().expect("an answer that nobody asked for");
         let (said, used) = match self.protocol {
             Protocol::Protobuf => {
                 let mut rest = self.inbox.as_slice();
@@ -507,10 +539,30 @@ impl Actor {
                 let response = Response::decode_length_delimited(&mut rest).expect("a response");
                 (understand(asked, &response, common), self.inbox.len() - rest.len())
             }
+            Protocol::JsonLine => {
+                let end = self.inbox.iter().position(|byte| *byte == b'\n')?;
+                let line = std::str::from_utf8(&self.inbox[..end]).expect("ASCII");
+                let Answer::Line(asked_line) = asked.answer else {
+                    unreachable!("lines are what it asks")
+                };
+                let said = self.talk.understand(asked_line, &mut asked.ops, line, common);
+                (said, end + 1)
+            }
             _ => understand_text(asked, &self.inbox, common)?,
         };
         self.inbox.drain(..used);
         Some((self.asked.pop_front()?, said))
+    }
+
+    /// It goes away: what it has asked and was not told.
+    pub fn leave(&mut self, common: &Common) -> VecDeque<Asked> {
+        let mut asked = std::mem::take(&mut self.asked);
+        for asked in &mut asked {
+            if let Answer::Line(line) = asked.answer {
+                asked.may_be_refused = !self.talk.leave(line, &mut asked.ops, common);
+            }
+        }
+        asked
     }
 }
 
@@ -520,6 +572,7 @@ fn condition(must: Must) -> Option<Condition> {
         Must::Absent => only_if(Is::Absent(true)),
         Must::Present => only_if(Is::Present(true)),
         Must::Version(version) => only_if(Is::Version(version)),
+        Must::Be(_) => unreachable!("protobuf compares no values"),
     }
 }
 

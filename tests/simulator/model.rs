@@ -46,6 +46,8 @@ pub enum Must {
     Absent,
     Present,
     Version(u64),
+    /// With this value. No two writes write the same one, so nothing was written in between.
+    Be(Value),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,6 +98,8 @@ pub enum Outcome {
         version: Option<u64>,
     },
     Deleted,
+    /// Deleted, or missing anyhow.
+    Gone,
     Counted(u64),
     NotANumber,
     Flushed,
@@ -126,8 +130,8 @@ pub struct Call {
     /// The same moments on the clock of the cores.
     pub invoked_ms: u64,
     pub responded_ms: u64,
-    /// There was little room: if it was not answered, it may have been refused.
-    pub tight: bool,
+    /// If it was not answered, it may have been refused: for lack of room, or for a reason that only its answer tells.
+    pub may_be_refused: bool,
 }
 
 impl Call {
@@ -158,12 +162,23 @@ impl Call {
             })
     }
 
-    /// The values that it was told, of keys that have them.
+    /// It is the COMMIT of a transaction that has read something.
+    pub fn depends_on_values(&self) -> bool {
+        self.op.checks.iter().any(|(_, must)| matches!(must, Must::Be(_)))
+    }
+
+    /// The values that it was told, of keys that have them, or that must have been there when it was done.
     pub fn read(&self) -> impl Iterator<Item = (Key, Value)> {
-        self.told().filter_map(|(act, outcome)| match outcome {
+        let held = matches!(&self.said, Said::Done { held, .. } if held.all());
+        let told = self.told().filter_map(|(act, outcome)| match outcome {
             Outcome::Found { value, .. } => Some((act.key()?, *value)),
             _ => None,
-        })
+        });
+        let checked = self.op.checks.iter().filter_map(move |(key, must)| match must {
+            Must::Be(value) if held => Some((*key, *value)),
+            _ => None,
+        });
+        told.chain(checked)
     }
 }
 
@@ -229,7 +244,7 @@ pub fn apply(state: &State, call: &Call, next: &mut Vec<State>) {
         Said::Nothing => (None, None),
         Said::Done { held, outcomes } => (Some(held), Some(outcomes)),
     };
-    if outcomes.is_none() && call.tight {
+    if outcomes.is_none() && call.may_be_refused {
         next.push(*state);
     }
     let mut checked = vec![(*state, vec![])];
@@ -302,6 +317,7 @@ fn holds(item: Option<Item>, must: Must) -> bool {
     match (must, item) {
         (Must::Always, _) | (Must::Absent, None) | (Must::Present, Some(_)) => true,
         (Must::Version(version), Some(item)) => item.version == version && version != 0,
+        (Must::Be(value), Some(item)) => item.value == value,
         _ => false,
     }
 }
@@ -356,7 +372,7 @@ fn act_on(slot: &mut Option<Item>, item: Option<Item>, act: &Act, outcome: Optio
                 Some(_) => Outcome::Deleted,
                 None => Outcome::Missing,
             };
-            outcome.is_none_or(|outcome| *outcome == expected)
+            outcome.is_none_or(|outcome| [&expected, &Outcome::Gone].contains(&outcome))
         }
         Act::Add(_, by) => {
             let expected = match item {
@@ -380,6 +396,16 @@ fn act_on(slot: &mut Option<Item>, item: Option<Item>, act: &Act, outcome: Optio
             outcome.is_none_or(|outcome| *outcome == expected)
         }
         Act::Flush => unreachable!("it has no key"),
+    }
+}
+
+impl Value {
+    /// What was written of it: counting went on from there.
+    pub fn written(self) -> Self {
+        match self {
+            Value::Number(number) => Value::Number(number - number % NUMBERS_APART),
+            text => text,
+        }
     }
 }
 
@@ -426,6 +452,7 @@ impl Display for Op {
                 Must::Absent => write!(f, "is absent")?,
                 Must::Present => write!(f, "is present")?,
                 Must::Version(version) => write!(f, "has version ..{}", version % 1000)?,
+                Must::Be(value) => write!(f, "is {value}")?,
             }
         }
         if !self.checks.is_empty() {
@@ -455,6 +482,7 @@ impl Display for Outcome {
                 version.map_or(Ok(()), |version| write!(f, " (version ..{})", version % 1000))
             }
             Outcome::Deleted => write!(f, "deleted"),
+            Outcome::Gone => write!(f, "gone"),
             Outcome::Counted(number) => write!(f, "{number}"),
             Outcome::NotANumber => write!(f, "not a number"),
             Outcome::Flushed => write!(f, "flushed"),

@@ -5,6 +5,7 @@
 
 use super::random::Random;
 use memkv::link::{Batch, Direction};
+use memkv::protocol::Protocol;
 use std::collections::BTreeMap;
 
 /// What goes wrong.
@@ -20,12 +21,15 @@ pub enum Mutation {
     DropDecision,
     /// A decision to write is lost, and the coordinator is told that it was carried out.
     FeignDecision,
+    /// A transaction of the JSON-line protocol is committed though what it read has changed.
+    CommitUnchecked,
     /// Two requests of one connection to the same core change places.
     SwapRequests,
 }
 
 // Fields of a request, by their offset, and of what follows its header.
 const SESSION_AND_NUMBER: std::ops::Range<usize> = 4..12;
+const PROTOCOL: usize = 22;
 const KIND: usize = 23;
 const TEXT_LENGTH: usize = 28;
 const HEADER: usize = 32;
@@ -33,6 +37,7 @@ const SCOPE_OR_DECISION: usize = 10;
 const MEMBERS: usize = 11;
 const MEMBER_ROLE: usize = 4;
 const MEMBER_COMMAND: usize = 15;
+const MEMBER_CHECK: usize = 15;
 
 const COMMAND: u8 = 0;
 const WHOLE: u8 = 2;
@@ -47,7 +52,10 @@ const RELEASE: u8 = 1;
 const SUCCESS: u8 = 2;
 const FAILURE: u8 = 3;
 
+const ROLE_CHECK: u8 = 0;
 const ROLE_SUCCESS: u8 = 1;
+
+const CONDITION_ALWAYS: u8 = 0;
 
 const VOTE_PREPARED: u8 = 2;
 const VOTE_DONE: u8 = 3;
@@ -143,6 +151,25 @@ fn whole(prepare: &[u8], decided: u8) -> Record {
     record
 }
 
+/// The same part with conditions that always hold.
+fn unchecked(part: &[u8]) -> Record {
+    let mut record = part[..body_at(part) + MEMBERS].to_vec();
+    for member in members(part) {
+        let at = record.len();
+        record.extend_from_slice(member);
+        if member[MEMBER_ROLE] == ROLE_CHECK {
+            let key_length = number(&member[MEMBER_CHECK..MEMBER_CHECK + 2]);
+            record.truncate(at + MEMBER_CHECK + 2 + key_length);
+            record.push(CONDITION_ALWAYS);
+            let length = (record.len() - at - 4) as u32;
+            record[at..at + 4].copy_from_slice(&length.to_le_bytes());
+        }
+    }
+    let length = record.len() as u32;
+    record[..4].copy_from_slice(&length.to_le_bytes());
+    record
+}
+
 /// What a participant answers that has executed `writes` plain writes of a protobuf client.
 fn feigned(prepare: &[u8], writes: usize) -> Record {
     // A vote, no bytes read, no checks, and for each write a result of two bytes: an empty one, behind its tag.
@@ -210,6 +237,10 @@ impl Mutator {
         passed: &mut Vec<Record>,
         made_up: &mut Vec<Record>,
     ) {
+        let is_part = matches!(record[KIND], WHOLE | PREPARE) && record[PROTOCOL] == Protocol::JsonLine as u8;
+        if self.mutation == Mutation::CommitUnchecked && is_part {
+            record = unchecked(&record);
+        }
         if !is_distributed(&record) {
             passed.push(record);
             return;

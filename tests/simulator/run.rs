@@ -17,7 +17,7 @@ use std::fmt::Write;
 const STEPS_MAX: usize = 20_000;
 
 /// No more is asked when a history has so many calls. One request may be several, and there are reads and flushes at the end.
-const CALLS_ASKED_MAX: usize = CALLS_MAX - 4 * KEYS_MAX;
+const CALLS_ASKED_MAX: usize = CALLS_MAX - 5 * KEYS_MAX;
 
 /// Clients that vanish, and what each leaves unanswered, at most. Whether that was done is for the checker to guess, and each
 /// guess doubles its work.
@@ -65,10 +65,14 @@ pub struct Counted {
     pub expired: u64,
     pub flushes: u64,
     pub forwarded: u64,
+    /// COMMITs of what was read, of the JSON-line protocol.
+    pub checked_commits: u64,
+    /// Of these, those that failed because a key had changed.
+    pub changed: u64,
 }
 
 impl Counted {
-    pub fn fields(&self) -> [(&'static str, u64); 12] {
+    pub fn fields(&self) -> [(&'static str, u64); 14] {
         [
             ("calls", self.calls),
             ("steps", self.steps),
@@ -82,6 +86,8 @@ impl Counted {
             ("expired", self.expired),
             ("flushes", self.flushes),
             ("forwarded", self.forwarded),
+            ("checked_commits", self.checked_commits),
+            ("changed", self.changed),
         ]
     }
 
@@ -98,6 +104,8 @@ impl Counted {
         self.expired += other.expired;
         self.flushes += other.flushes;
         self.forwarded += other.forwarded;
+        self.checked_commits += other.checked_commits;
+        self.changed += other.changed;
     }
 }
 
@@ -133,7 +141,8 @@ enum Fragments {
     Small,
 }
 
-fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool) {
+/// What the seed is like; requests may be refused for lack of room; transactions for their size or their silence.
+fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool, bool) {
     let cores = if tame {
         random.between(2, 4)
     } else {
@@ -151,6 +160,14 @@ fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool) {
     limit(random, "requests-in-flight-max", &["1", "2", "4"]);
     limit(random, "output-bytes-max", &["1", "100", "4096"]);
     limit(random, "input-bytes-max", &["1", "100", "4096"]);
+    let limited = random.chance(15);
+    if limited {
+        options.push(
+            random
+                .pick(&["--txn-ops-max=2", "--txn-bytes-max=300", "--txn-idle-timeout=20ms"])
+                .to_owned(),
+        );
+    }
     let tight = !tame && random.chance(25);
     if tight {
         // What empty cores are charged, and a little.
@@ -173,7 +190,7 @@ fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool) {
         send_bytes_max: random.pick(&[20, 1000, 100_000]),
         speeds: (0..cores).map(|_| random.pick(&[1, 4, 10])).collect(),
     };
-    (surroundings, tight)
+    (surroundings, tight, limited)
 }
 
 /// Keys that differ from seed to seed, so that they lie elsewhere. Some share a core by their tag.
@@ -191,7 +208,7 @@ impl Simulation {
     fn new(seed: u64, mutation: Option<Mutation>) -> Self {
         let mut random = Random::new(seed);
         let tame = mutation.is_some();
-        let (surroundings, tight) = surroundings(&mut random, tame);
+        let (surroundings, tight, limited) = surroundings(&mut random, tame);
         let habits = Habits {
             large_percent: if tame { 0 } else { random.pick(&[0, 0, 20]) },
             ends_percent: random.pick(&[0, 0, 10, 40]),
@@ -201,6 +218,8 @@ impl Simulation {
             several_percent: random.pick(&[30, 60, 95]),
             keys_max: random.between(2, 5),
             tight,
+            // Lack of room is one more reason why a transaction cannot be committed.
+            limited: limited || tight,
         };
         let common = Common::new(keys(&mut random), habits, random.fork());
         let mutator = mutation.map(|mutation| Mutator::new(mutation, random.fork()));
@@ -224,14 +243,19 @@ impl Simulation {
         let mut vanishing = 0;
         for _ in 0..count {
             let core = simulation.random.below(usize::from(surroundings.cores)) as u16;
-            let protocol = simulation
-                .random
-                .pick(&[Protocol::Protobuf, Protocol::Protobuf, Protocol::Memcached]);
+            let protocol = simulation.random.pick(&[
+                Protocol::Protobuf,
+                Protocol::Protobuf,
+                Protocol::Memcached,
+                Protocol::JsonLine,
+            ]);
             let actor = simulation.connect(core, protocol);
             let random = &mut simulation.random;
             let actor = &mut simulation.actors[actor];
             actor.depth = random.pick(&[1, 2, 4, 10]);
-            actor.left = requests / count;
+            // Many lines of a transaction are calls to nobody.
+            let lines = if protocol == Protocol::JsonLine { 3 } else { 1 };
+            actor.left = lines * requests / count;
             if vanishing < VANISHING_MAX && random.chance(15) {
                 vanishing += 1;
                 actor.vanishes_at = Some(random.below(actor.left));
@@ -302,8 +326,9 @@ impl Simulation {
             self.idle_steps = 0;
             let now = self.now();
             self.note(&asked, now);
-            for (call, said) in asked.calls.iter().zip(said) {
+            for ((call, op), said) in asked.calls.iter().zip(asked.ops).zip(said) {
                 let call = &mut self.history[*call];
+                call.op = op;
                 if asked.invoked.is_none() {
                     assert_eq!(said, Said::Refused, "an answer came before its question");
                     (call.invoked, call.invoked_ms) = now;
@@ -367,23 +392,23 @@ impl Simulation {
         }
     }
 
-    /// The history gets what the actor asked last.
+    /// The history gets what the actor has asked and it does not have.
     fn begin_calls(&mut self, at: usize) {
-        let Some(asked) = self.actors[at].asked.back_mut() else {
-            return;
-        };
-        for op in &asked.ops {
-            asked.calls.push(self.history.len());
-            self.history.push(Call {
-                client: at,
-                op: op.clone(),
-                said: Said::Nothing,
-                invoked: u64::MAX,
-                responded: u64::MAX,
-                invoked_ms: u64::MAX,
-                responded_ms: u64::MAX,
-                tight: self.common.habits.tight,
-            });
+        let asked = self.actors[at].asked.iter_mut();
+        for asked in asked.filter(|asked| asked.calls.is_empty()) {
+            for op in &asked.ops {
+                asked.calls.push(self.history.len());
+                self.history.push(Call {
+                    client: at,
+                    op: op.clone(),
+                    said: Said::Nothing,
+                    invoked: u64::MAX,
+                    responded: u64::MAX,
+                    invoked_ms: u64::MAX,
+                    responded_ms: u64::MAX,
+                    may_be_refused: self.common.habits.tight,
+                });
+            }
         }
     }
 
@@ -419,9 +444,13 @@ impl Simulation {
         self.vanished += 1;
         let actor = &mut self.actors[at];
         actor.gone = true;
-        let (client, asked) = (actor.client, std::mem::take(&mut actor.asked));
-        for asked in &asked {
-            self.note(asked, (u64::MAX, u64::MAX));
+        let (client, asked) = (actor.client, actor.leave(&self.common));
+        for asked in asked {
+            self.note(&asked, (u64::MAX, u64::MAX));
+            for (call, op) in asked.calls.into_iter().zip(asked.ops) {
+                self.history[call].op = op;
+                self.history[call].may_be_refused |= asked.may_be_refused;
+            }
         }
         if !self.cluster.is_closed(client) {
             self.cluster.vanish(client);
@@ -486,7 +515,7 @@ impl Simulation {
             ));
         }
         // What is there in the end.
-        for protocol in [Protocol::Protobuf, Protocol::Memcached] {
+        for protocol in [Protocol::Protobuf, Protocol::Memcached, Protocol::JsonLine] {
             let core = self.random.below(self.cluster.engines.len()) as u16;
             let actor = self.connect(core, protocol);
             self.actors[actor].ask_all(&self.common);
@@ -585,7 +614,7 @@ impl Simulation {
                 invoked_ms,
                 responded: if must { end.0 + 1 } else { u64::MAX },
                 responded_ms: if must { end.1 } else { u64::MAX },
-                tight: false,
+                may_be_refused: false,
             });
         }
         calls
@@ -600,6 +629,16 @@ impl Simulation {
             vanished: self.vanished,
             ..Counted::default()
         };
+        for call in history.iter().filter(|call| call.depends_on_values()) {
+            sum.checked_commits += 1;
+            sum.changed += u64::from(matches!(
+                call.said,
+                Said::Done {
+                    held: Held::All(false),
+                    ..
+                }
+            ));
+        }
         for engine in &self.cluster.engines {
             let counters: &Counters = &engine.metrics.counters;
             sum.txns += counters.txns;
