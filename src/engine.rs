@@ -689,7 +689,7 @@ impl Engine {
         }
     }
 
-    /// Executes a command on one of this core's shards and encodes the reply.
+    /// Executes a command on one of this core's shards and encodes the reply; returns how many bytes of value are in that.
     #[inline]
     fn execute(
         &mut self,
@@ -699,7 +699,7 @@ impl Engine {
         protocol: Protocol,
         shape: &Shape<'_>,
         target: Target<'_>,
-    ) {
+    ) -> usize {
         let counters = &mut self.metrics.counters;
         let reply = self.shards.execute(shard, hash, command, self.now, counters);
         if let Some(prefixes) = &mut self.prefixes {
@@ -710,6 +710,10 @@ impl Engine {
             Target::Link(link) => self.links[link].replies(),
         };
         protocol::encode(protocol, shape, command.key, &reply, self.now, out);
+        match reply {
+            Reply::Found(item) => item.value.bytes().len(),
+            _ => 0,
+        }
     }
 
     /// Writes an answer that needs no shard, in its turn.

@@ -87,8 +87,8 @@ impl Vote {
     }
 }
 
-/// Appends what stands before the results in a participant's answer: the vote, how many bytes it reads, and which checks
-/// held, in their order.
+/// Appends what stands before the results in a participant's answer: the vote, how many bytes of values it reads, and which
+/// checks held, in their order.
 pub(crate) fn push_vote(out: &mut Vec<u8>, vote: Vote, read_bytes: u64, checks: &[bool]) {
     out.push(vote as u8);
     out.extend_from_slice(&read_bytes.to_le_bytes());
@@ -180,7 +180,7 @@ pub(crate) struct Coordinator {
     /// For each command, in order: what it is there for, and whose it is.
     order: Box<[(Role, u16)]>,
     phase: Phase,
-    /// The most bytes that may be read.
+    /// The most bytes of values that may be read.
     read_bytes_max: u64,
     scope: Scope,
 }

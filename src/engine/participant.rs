@@ -360,11 +360,10 @@ impl Engine {
         let replies = self.links[link].replies();
         let vote_at = replies.flat.len();
         push_vote(&mut replies.flat, vote, 0, &[]);
-        let (flat, before) = (replies.flat.len(), replies.len());
-        self.execute_members(link, request, record, &[], Role::Success, 0);
+        let flat = replies.flat.len();
+        let read_bytes = self.execute_members(link, request, record, &[], Role::Success, 0);
         let bytes_max = self.config.limits.response_bytes_max();
         let replies = self.links[link].replies();
-        let read_bytes = (replies.len() - before) as u64;
         if read_bytes <= bytes_max {
             amend_vote(&mut replies.flat, vote_at, vote, read_bytes);
         } else {
@@ -374,7 +373,8 @@ impl Engine {
         self.links[link].finish_reply(start);
     }
 
-    /// Executes the commands of one role, for which `reserved` bytes were set aside, and adds their results to the reply.
+    /// Executes the commands of one role, for which `reserved` bytes were set aside, and adds their results to the reply. Returns
+    /// how many bytes of values are in those.
     fn execute_members(
         &mut self,
         link: usize,
@@ -383,12 +383,13 @@ impl Engine {
         large: &[Bytes],
         role: Role,
         reserved: usize,
-    ) {
+    ) -> u64 {
         if record.scope == Scope::Store {
             self.flush_at = None;
             self.shards.flush(self.now, &mut self.metrics.counters);
-            return;
+            return 0;
         }
+        let mut read_bytes = 0;
         self.shards.budget.use_reserved(reserved);
         self.shards.budget.set_unlimited(true);
         let mut members = with_large(record.members, large).filter(|(member, _)| member.role == role);
@@ -401,10 +402,12 @@ impl Engine {
                 let start = begin_result(self.links[link].replies());
                 let command = member.command(value);
                 let (protocol, shape) = (request.protocol, &request.shape);
-                self.execute(member.shard, member.hash, &command, protocol, shape, Target::Link(link));
+                let target = Target::Link(link);
+                read_bytes += self.execute(member.shard, member.hash, &command, protocol, shape, target) as u64;
                 finish_result(self.links[link].replies(), start);
             }
         }
         self.shards.budget.set_unlimited(false);
+        read_bytes
     }
 }
