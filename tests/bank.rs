@@ -11,7 +11,7 @@ use memkv::proto::{Code, Compare, Condition, Entry, Get, Message as Request, Ope
 use memkv::protocol::Protocol;
 use memkv::runtime::Server;
 use prost::Message;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -53,7 +53,11 @@ impl Connection {
                 return response;
             }
             let mut piece = [0; 4096];
-            let count = self.stream.read(&mut piece).unwrap();
+            let count = match self.stream.read(&mut piece) {
+                // A signal to this process, in which the server is as well, is no failure.
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                read => read.unwrap(),
+            };
             assert!(count > 0, "the server has closed the connection");
             self.received.extend_from_slice(&piece[..count]);
         }
