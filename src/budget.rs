@@ -133,8 +133,9 @@ impl Budget {
     }
 
     /// While `on`, every charge succeeds: what was reserved is being used, and an estimate may be a little short.
-    pub fn set_unlimited(&mut self, on: bool) {
-        self.unlimited = on;
+    /// Returns what was so before.
+    pub fn set_unlimited(&mut self, on: bool) -> bool {
+        std::mem::replace(&mut self.unlimited, on)
     }
 
     /// Bytes charged on this core.

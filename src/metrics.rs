@@ -85,7 +85,7 @@ counters! {
     served_for_others,
     /// Transactions and requests for several keys that were finished.
     txns,
-    /// How often one of them started over because an older one was in its way.
+    /// How often one of them locked anew, because an older request wanted what it had locked.
     txn_retries,
     /// Requests that waited for a transaction to end.
     lock_waits,
@@ -113,8 +113,10 @@ counters! {
     connections,
     /// Items (gauge).
     items,
-    /// Bytes charged for items (gauge).
+    /// Bytes of the slots that hold items, and of values that items refer to (gauge).
     item_bytes,
+    /// Bytes charged for items: whole pages of slots, free ones included, and values that items refer to (gauge).
+    item_resident_bytes,
     /// Bytes charged for indexes (gauge).
     index_bytes,
     /// Bytes charged to the memory limit for everything (gauge).

@@ -94,6 +94,7 @@ impl Server {
     /// # Errors
     /// When the machine lacks something, an option does not fit, a port is taken, or a file cannot be loaded.
     pub fn start(config: Config) -> Result<Self, StartError> {
+        allocator::leave_huge_pages_out();
         let cpus = host::allowed_cpus()?;
         host::raise_limits()?;
         host::probe()?;

@@ -10,7 +10,7 @@ use crate::model::{
     NewVersion, Op, Put, Removal, Reply, UnixMillis, Value, Version,
 };
 use crate::partition::Partitioner;
-use crate::store::{FETCHED, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON};
+use crate::store::{Access, FETCHED, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON};
 use bytes::Bytes;
 
 /// What a shard needs from its core to do anything.
@@ -78,17 +78,18 @@ impl Shard {
     pub(crate) fn count(&self, counters: &mut Counters) {
         counters.items += self.store.len() as u64;
         counters.item_bytes += self.store.item_bytes() as u64;
+        counters.item_resident_bytes += self.store.resident_bytes() as u64;
         counters.index_bytes += self.store.index_bytes() as u64;
     }
 
-    /// Empties the shard at once; the memory comes back through [`Shard::free_emptied`].
+    /// Empties the shard at once; the memory comes back through [`Shard::give_back`].
     pub(crate) fn flush(&mut self, context: &mut Context<'_>) {
         self.store.clear(context.budget);
     }
 
-    /// Gives back the memory of up to `segments` segments of an emptied table. False when there was none.
-    pub(crate) fn free_emptied(&mut self, context: &mut Context<'_>, segments: usize) -> bool {
-        self.store.free_emptied(context.budget, segments)
+    /// Gives back a bounded piece of memory that nobody needs. False when there was none.
+    pub(crate) fn give_back(&mut self, context: &mut Context<'_>) -> bool {
+        self.store.give_back(context.budget)
     }
 
     /// What a command may cost before it is executed.
@@ -147,7 +148,7 @@ impl Shard {
     }
 
     /// Executes one command. `hash` is the key's, as [`crate::partition::Place`] has it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn execute(&mut self, hash: u64, command: &Command<'_>, context: &mut Context<'_>) -> Reply<'_> {
         if let Op::Get {
             version: false,
@@ -168,7 +169,10 @@ impl Shard {
                 None => Reply::NotFound,
                 Some(position) => {
                     self.give_version(position, context);
-                    Reply::Found(view(self.store.item(position)))
+                    Reply::Found(ItemView {
+                        charged_bytes: self.store.charged_bytes(position),
+                        ..view(self.store.item(position), context.now)
+                    })
                 }
             },
         }
@@ -196,7 +200,7 @@ impl Shard {
         };
         context.counters.get_hits += 1;
         self.store.mark_access(position, context.now.seconds());
-        let mut found = view(self.store.item(position));
+        let mut found = view(self.store.item(position), context.now);
         // Nobody asked for it.
         found.version = Version(0);
         Reply::Found(found)
@@ -230,12 +234,12 @@ impl Shard {
                 Ok(position) => Reply::Found(ItemView {
                     won: true,
                     won_before: false,
-                    ..view(self.store.item(position))
+                    ..view(self.store.item(position), context.now)
                 }),
             };
         };
         context.counters.get_hits += 1;
-        let before = view(self.store.item(position));
+        let before = view(self.store.item(position), context.now);
         let remaining_s = before.deadline.remaining_seconds(now);
         let ItemView {
             deadline: deadline_before,
@@ -249,7 +253,7 @@ impl Shard {
             matches!((effects.refresh_below_s, remaining_s), (Some(limit), Some(left)) if left < u64::from(limit));
         let won = (due || stale) && !won_before;
         if won {
-            self.store.set_state(position, WON, 0);
+            self.store.set_state(context.budget, position, WON, 0);
         }
         if let Some(deadline) = effects.touch {
             context.counters.touch_hits += 1;
@@ -267,7 +271,7 @@ impl Shard {
             accessed_s,
             won,
             won_before,
-            ..view(self.store.item(position))
+            ..view(self.store.item(position), context.now)
         })
     }
 
@@ -322,7 +326,7 @@ impl Shard {
             flags: put.flags,
             deadline,
             version,
-            accessed_s: context.now.seconds(),
+            accessed: Access::at(context.now.seconds()),
             state,
         };
         let written = match (put.combine, old) {
@@ -455,7 +459,7 @@ impl Shard {
                     initial,
                     ItemView {
                         won: true,
-                        ..view(self.store.item(position))
+                        ..view(self.store.item(position), context.now)
                     },
                 ),
                 Err(OutOfMemory) => Reply::OutOfMemory,
@@ -495,7 +499,7 @@ impl Shard {
         let item = self.store.item(position);
         let parts = Parts {
             state: item.state(),
-            accessed_s: item.accessed_s(),
+            accessed: item.accessed(),
             ..parts
         };
         match self.write(hash, Some(position), &parts, context) {
@@ -503,7 +507,7 @@ impl Shard {
                 result,
                 ItemView {
                     deadline_before,
-                    ..view(self.store.item(position))
+                    ..view(self.store.item(position), context.now)
                 },
             ),
             Err(OutOfMemory) => Reply::OutOfMemory,
@@ -554,7 +558,7 @@ fn empty(key: &[u8], now: UnixMillis) -> Parts<'_> {
         flags: 0,
         deadline: Deadline::Never,
         version: Version(0),
-        accessed_s: now.seconds(),
+        accessed: Access::at(now.seconds()),
         state: 0,
     }
 }
@@ -564,7 +568,7 @@ fn matches(item: ItemRef<'_>, expected: Version) -> bool {
 }
 
 #[inline(always)]
-fn view(item: ItemRef<'_>) -> ItemView<'_> {
+fn view(item: ItemRef<'_>, now: UnixMillis) -> ItemView<'_> {
     let state = item.state();
     ItemView {
         value: item.value(),
@@ -572,13 +576,13 @@ fn view(item: ItemRef<'_>) -> ItemView<'_> {
         version: item.version(),
         deadline: item.deadline(),
         deadline_before: item.deadline(),
-        accessed_s: item.accessed_s(),
+        accessed_s: item.accessed().seconds(now.seconds()),
         hit_before: state & FETCHED != 0,
         stale: state & STALE != 0,
         won: false,
         won_before: state & WON != 0,
         key_encoded: state & KEY_ENCODED != 0,
-        charged_bytes: item.charged_bytes(),
+        charged_bytes: 0,
     }
 }
 

@@ -128,7 +128,7 @@ impl Shards {
         // What an emptied table still holds must not make a write fail.
         while !self.budget.charge(bytes) {
             let mut any = false;
-            self.each(now, counters, |shard, context| any |= shard.free_emptied(context, 16));
+            self.each(now, counters, |shard, context| any |= shard.give_back(context));
             if !any {
                 return false;
             }
@@ -157,9 +157,7 @@ impl Shards {
 
     fn tick_each(&mut self, now: UnixMillis, counters: &mut Counters) {
         let mut emptying = false;
-        self.each(now, counters, |shard, context| {
-            emptying |= shard.free_emptied(context, 1)
-        });
+        self.each(now, counters, |shard, context| emptying |= shard.give_back(context));
         self.emptying = emptying;
     }
 

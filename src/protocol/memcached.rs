@@ -767,6 +767,7 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("evictions", 0),
         ("expired", c.expired),
         ("bytes_charged", c.charged_bytes),
+        ("bytes_items_resident", c.item_resident_bytes),
         ("bytes_resident", server.process.resident_bytes),
         ("requests", c.requests),
         ("requests_forwarded", c.forwarded),

@@ -1,39 +1,68 @@
-//! One item in memory: a single allocation whose header says which fields it has.
+//! One item in memory: a run of bytes whose first one says which fields it has.
 //!
 //! ```text
-//! bytes 0..4   value length          u32
-//!       4..8   last access           u32, Unix seconds
-//!       8..10  key length            u16
-//!      10..12  marks                 u16: which optional fields follow, and the state bits
-//!      LARGE:  4 bytes of padding, then a `bytes::Bytes` (its alignment is 8, and so is the allocation's)
-//!      FLAGS:  u32     DEADLINE: u64 milliseconds     VERSION: u64     (each only when the mark is set, unaligned)
-//!      key, then (unless LARGE) value
+//! 0       marks            which of the fields below there are, and whether the item was read since it was written
+//! 1..3    last access      u16, in units of 64 seconds
+//! 3       key length       u8; LONG_KEY: u16
+//!         value length     u8; LONG_VALUE: u16; LARGE: none
+//! LARGE:  padding up to 8, then a `bytes::Bytes`: the value is referenced, and the item begins at a multiple of 8
+//! STATE:  u8    FLAGS: u32    DEADLINE: 6 bytes, milliseconds    VERSION: u64
+//! key, then (unless LARGE) value
 //! ```
-//! A field that an item does not use costs nothing.
+//! Nothing is aligned but the `Bytes`. A field that an item does not use costs nothing: an item of 19 bytes of key and 32 of
+//! value takes 56.
 
 use crate::model::{Deadline, UnixMillis, Value, Version};
 use bytes::Bytes;
-use std::alloc::{Layout, alloc, dealloc};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-const FLAGS: u16 = 1;
-const DEADLINE: u16 = 2;
-const VERSION: u16 = 4;
-const LARGE: u16 = 8;
-/// The item was invalidated and not replaced yet.
-pub(crate) const STALE: u16 = 16;
-/// Somebody was told that it may refresh the item.
-pub(crate) const WON: u16 = 32;
-/// The item has been read since it was written.
-pub(crate) const FETCHED: u16 = 64;
-/// Its writer gave the key in an encoded form.
-pub(crate) const KEY_ENCODED: u16 = 128;
-const STATE: u16 = STALE | WON | FETCHED | KEY_ENCODED;
+const FLAGS: u8 = 1;
+const DEADLINE: u8 = 2;
+const VERSION: u8 = 4;
+const LARGE: u8 = 8;
+const STATE: u8 = 16;
+const LONG_KEY: u8 = 32;
+const LONG_VALUE: u8 = 64;
+const READ: u8 = 128;
 
-const HEADER_BYTES: usize = 12;
-const LARGE_AT: usize = 16;
-const ALIGN: usize = 8;
+/// The item was invalidated and not replaced yet.
+pub(crate) const STALE: u8 = 1;
+/// Somebody was told that it may refresh the item.
+pub(crate) const WON: u8 = 2;
+/// Its writer gave the key in an encoded form.
+pub(crate) const KEY_ENCODED: u8 = 4;
+/// The item has been read since it was written. The one state that has its place in any item.
+pub(crate) const FETCHED: u8 = 8;
+
+const ACCESS_AT: usize = 1;
+const KEY_LENGTH_AT: usize = 3;
+const LARGE_AT: usize = 8;
+const DEADLINE_BYTES: usize = 6;
+/// Later than anybody's deadline.
+const DEADLINE_MAX: u64 = (1 << (8 * DEADLINE_BYTES)) - 1;
+
+/// When an item was last used, to 64 seconds; good for 48 days.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Access(u16);
+
+impl Access {
+    const UNIT_S: u32 = 64;
+
+    /// At this moment, in Unix seconds.
+    #[inline]
+    pub(crate) fn at(now_s: u32) -> Self {
+        Self((now_s / Self::UNIT_S) as u16)
+    }
+
+    /// The moment, in Unix seconds, seen from a later one: not before the truth, and within a unit of it.
+    pub(crate) fn seconds(self, now_s: u32) -> u32 {
+        let units = ((now_s / Self::UNIT_S) as u16).wrapping_sub(self.0);
+        let end =
+            (now_s / Self::UNIT_S - u32::from(units).min(now_s / Self::UNIT_S)) * Self::UNIT_S + (Self::UNIT_S - 1);
+        end.min(now_s)
+    }
+}
 
 /// What an item is made from.
 #[derive(Clone, Copy, Debug)]
@@ -43,189 +72,158 @@ pub(crate) struct Parts<'a> {
     pub(crate) flags: u32,
     pub(crate) deadline: Deadline,
     pub(crate) version: Version,
-    pub(crate) accessed_s: u32,
+    pub(crate) accessed: Access,
     /// Any of STALE, WON, FETCHED, KEY_ENCODED.
-    pub(crate) state: u16,
+    pub(crate) state: u8,
 }
 
 impl Parts<'_> {
-    fn marks(&self) -> u16 {
-        let mut marks = self.state & STATE;
-        if self.flags != 0 {
-            marks |= FLAGS;
-        }
-        if self.deadline != Deadline::Never {
-            marks |= DEADLINE;
-        }
-        if self.version != Version(0) {
-            marks |= VERSION;
-        }
-        if matches!(self.value, Value::Large(_)) {
-            marks |= LARGE;
-        }
-        marks
-    }
-
-    /// Bytes that an item of these parts is charged with: its allocation as the allocator rounds it, and the value it
-    /// refers to.
-    pub(crate) fn charged_bytes(&self) -> usize {
-        let referenced = match self.value {
-            Value::Small(_) => 0,
-            Value::Large(bytes) => bytes.len(),
+    fn marks(&self) -> u8 {
+        let mark = |present, mark| if present { mark } else { 0 };
+        let value = match self.value {
+            Value::Large(_) => LARGE,
+            Value::Small(bytes) => mark(bytes.len() > usize::from(u8::MAX), LONG_VALUE),
         };
-        rounded(self.allocation_bytes()) + referenced
+        value
+            | mark(self.key.len() > usize::from(u8::MAX), LONG_KEY)
+            | mark(self.flags != 0, FLAGS)
+            | mark(self.deadline != Deadline::Never, DEADLINE)
+            | mark(self.version != Version(0), VERSION)
+            | mark(self.state & !FETCHED != 0, STATE)
+            | mark(self.state & FETCHED != 0, READ)
     }
 
-    fn allocation_bytes(&self) -> usize {
+    /// How many bytes the item takes, without a value that it refers to.
+    #[inline]
+    pub(crate) fn bytes(&self) -> usize {
         let inline = match self.value {
             Value::Small(bytes) => bytes.len(),
             Value::Large(_) => 0,
         };
-        key_offset(self.marks()) + self.key.len() + inline
+        room(key_offset(self.marks()) + self.key.len() + inline, self.marks())
+    }
+
+    /// Bytes of the value that the item refers to; 0 when it holds the value itself.
+    #[inline]
+    pub(crate) fn referenced_bytes(&self) -> usize {
+        match self.value {
+            Value::Small(_) => 0,
+            Value::Large(bytes) => bytes.len(),
+        }
     }
 }
 
-/// The allocator hands out multiples of 16 bytes at the least.
-fn rounded(bytes: usize) -> usize {
-    bytes.next_multiple_of(16)
-}
-
-fn fields_offset(marks: u16) -> usize {
+/// An item with a reference takes a multiple of 8, so that it gets a slot that begins at one.
+#[inline]
+fn room(bytes: usize, marks: u8) -> usize {
     if marks & LARGE != 0 {
-        LARGE_AT + size_of::<Bytes>()
+        bytes.next_multiple_of(8)
     } else {
-        HEADER_BYTES
+        bytes
     }
 }
 
-fn deadline_offset(marks: u16) -> usize {
-    fields_offset(marks) + if marks & FLAGS != 0 { 4 } else { 0 }
+const fn has(marks: u8, mark: u8) -> usize {
+    (marks & mark != 0) as usize
 }
 
-fn version_offset(marks: u16) -> usize {
-    deadline_offset(marks) + if marks & DEADLINE != 0 { 8 } else { 0 }
+const fn fields_offset(marks: u8) -> usize {
+    if marks & LARGE != 0 {
+        return LARGE_AT + size_of::<Bytes>();
+    }
+    KEY_LENGTH_AT + 1 + has(marks, LONG_KEY) + 1 + has(marks, LONG_VALUE)
 }
+
+const fn flags_offset(marks: u8) -> usize {
+    fields_offset(marks) + has(marks, STATE)
+}
+
+const fn deadline_offset(marks: u8) -> usize {
+    flags_offset(marks) + 4 * has(marks, FLAGS)
+}
+
+const fn version_offset(marks: u8) -> usize {
+    deadline_offset(marks) + DEADLINE_BYTES * has(marks, DEADLINE)
+}
+
+/// By marks: where the key begins.
+const KEY_OFFSETS: [u8; 256] = {
+    let mut offsets = [0; 256];
+    let mut marks = 0;
+    while marks < 256 {
+        offsets[marks] = (version_offset(marks as u8) + 8 * has(marks as u8, VERSION)) as u8;
+        marks += 1;
+    }
+    offsets
+};
 
 #[inline]
-fn key_offset(marks: u16) -> usize {
-    if marks & (FLAGS | DEADLINE | VERSION | LARGE) == 0 {
-        return HEADER_BYTES;
-    }
-    version_offset(marks) + if marks & VERSION != 0 { 8 } else { 0 }
+fn key_offset(marks: u8) -> usize {
+    usize::from(KEY_OFFSETS[usize::from(marks)])
 }
 
-/// An owned item. Its address is stable, a multiple of 8, and freed on drop.
-#[derive(Debug)]
-pub(crate) struct Item {
-    /// Points to an allocation made by `new` with the layout that the header describes; owned by this value alone.
-    start: NonNull<u8>,
+fn deadline_bytes(deadline: Deadline) -> [u8; DEADLINE_BYTES] {
+    let moment = match deadline {
+        Deadline::At(moment) => moment.0.min(DEADLINE_MAX),
+        Deadline::Never => DEADLINE_MAX,
+    };
+    let mut bytes = [0; DEADLINE_BYTES];
+    bytes.copy_from_slice(&moment.to_le_bytes()[..DEADLINE_BYTES]);
+    bytes
 }
 
-impl Item {
-    /// Copies `parts` into a new item; `None` when the allocator has no memory.
-    pub(crate) fn new(parts: &Parts<'_>) -> Option<Self> {
-        let layout = Layout::from_size_align(parts.allocation_bytes(), ALIGN).ok()?;
-        // SAFETY: the layout is at least HEADER_BYTES long, so not of size zero.
-        let start = NonNull::new(unsafe { alloc(layout) })?;
-        // SAFETY: the allocation was made for exactly these parts.
-        unsafe { fill(start, parts) };
-        Some(Self { start })
-    }
-
-    /// The address, for the index to keep; take it back with [`Item::from_address`].
-    pub(crate) fn into_address(self) -> u64 {
-        let address = self.start.as_ptr().expose_provenance() as u64;
-        std::mem::forget(self);
-        address
-    }
-
-    /// The item at an address.
-    ///
-    /// # Safety
-    /// The address came from [`Item::into_address`], and nothing else refers to the item from now on.
-    pub(crate) unsafe fn from_address(address: u64) -> Self {
-        Self {
-            // SAFETY: as the caller promises.
-            start: unsafe { at_address(address) },
-        }
-    }
-
-    /// What it holds.
-    pub(crate) fn view(&self) -> ItemRef<'_> {
-        ItemRef {
-            start: self.start,
-            life: PhantomData,
-        }
-    }
-}
-
-/// The pointer that became an address.
+/// Writes an item.
 ///
 /// # Safety
-/// The address came from [`Item::into_address`], so it is not null.
+/// `start` leads to `parts.bytes()` bytes of memory, begins at a multiple of 8 when the value is referenced, nothing refers
+/// to that memory, `parts` does not point into it, and a reference that it held was dropped.
 #[inline]
-unsafe fn at_address(address: u64) -> NonNull<u8> {
-    let start = std::ptr::with_exposed_provenance_mut(address as usize);
-    // SAFETY: as the caller promises.
-    unsafe { NonNull::new_unchecked(start) }
-}
-
-impl Drop for Item {
-    fn drop(&mut self) {
-        let bytes = self.view().allocation_bytes();
-        let large = self.view().marks() & LARGE != 0;
-        // SAFETY: the layout is the one `new` used (rewriting keeps the size); the `Bytes` is there with LARGE and is
-        // dropped once, because this value is gone afterwards.
-        unsafe {
-            if large {
-                self.start.add(LARGE_AT).cast::<Bytes>().drop_in_place();
-            }
-            dealloc(self.start.as_ptr(), Layout::from_size_align_unchecked(bytes, ALIGN));
-        }
-    }
-}
-
-/// Writes all of `parts`.
-///
-/// # Safety
-/// `start` is an allocation of exactly `parts.allocation_bytes()`, aligned to [`ALIGN`], that no reference points into;
-/// a `Bytes` it held before has been dropped.
-unsafe fn fill(start: NonNull<u8>, parts: &Parts<'_>) {
+pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>) {
     let marks = parts.marks();
     let start = start.as_ptr();
-    let value = parts.value.bytes();
-    // SAFETY: the size covers every offset below by construction of the offset functions; `start` is aligned to 8, so the
-    // header fields and the `Bytes` at 16 are aligned; `parts` is borrowed, so it does not point into the allocation.
+    // SAFETY: `parts.bytes()` covers each offset below by construction of the offset functions; the rest is as the caller
+    // promises.
     unsafe {
-        start.cast::<u32>().write(value.len() as u32);
-        start.add(4).cast::<u32>().write(parts.accessed_s);
-        start.add(8).cast::<u16>().write(parts.key.len() as u16);
-        start.add(10).cast::<u16>().write(marks);
-        if let Value::Large(bytes) = parts.value {
-            start.add(LARGE_AT).cast::<Bytes>().write(bytes.clone());
+        let put = |at: usize, bytes: &[u8]| std::ptr::copy_nonoverlapping(bytes.as_ptr(), start.add(at), bytes.len());
+        start.write(marks);
+        put(ACCESS_AT, &parts.accessed.0.to_le_bytes());
+        // A short length is written as a long one: its second byte is part of what follows, and that is written later.
+        put(KEY_LENGTH_AT, &(parts.key.len() as u16).to_le_bytes());
+        let key = start.add(key_offset(marks));
+        match parts.value {
+            Value::Small(value) => {
+                let length = (value.len() as u16).to_le_bytes();
+                put(KEY_LENGTH_AT + 1 + has(marks, LONG_KEY), &length);
+                std::ptr::copy_nonoverlapping(value.as_ptr(), key.add(parts.key.len()), value.len());
+            }
+            Value::Large(bytes) => start.add(LARGE_AT).cast::<Bytes>().write(bytes.clone()),
+        }
+        if marks & STATE != 0 {
+            put(fields_offset(marks), &[parts.state & !FETCHED]);
         }
         if marks & FLAGS != 0 {
-            start
-                .add(fields_offset(marks))
-                .cast::<u32>()
-                .write_unaligned(parts.flags);
+            put(flags_offset(marks), &parts.flags.to_le_bytes());
         }
-        if let Deadline::At(moment) = parts.deadline {
-            start
-                .add(deadline_offset(marks))
-                .cast::<u64>()
-                .write_unaligned(moment.0);
+        if marks & DEADLINE != 0 {
+            put(deadline_offset(marks), &deadline_bytes(parts.deadline));
         }
         if marks & VERSION != 0 {
-            start
-                .add(version_offset(marks))
-                .cast::<u64>()
-                .write_unaligned(parts.version.0);
+            put(version_offset(marks), &parts.version.0.to_le_bytes());
         }
-        let key = start.add(key_offset(marks));
         std::ptr::copy_nonoverlapping(parts.key.as_ptr(), key, parts.key.len());
-        if marks & LARGE == 0 {
-            std::ptr::copy_nonoverlapping(value.as_ptr(), key.add(parts.key.len()), value.len());
+    }
+}
+
+/// Drops what the item refers to. Its memory may be used for something else then.
+///
+/// # Safety
+/// `start` leads to an item, and nobody refers to it from now on.
+#[inline]
+pub(crate) unsafe fn drop_reference(start: NonNull<u8>) {
+    // SAFETY: an item begins with its marks; with LARGE, `write` put a `Bytes` there, which is dropped once.
+    unsafe {
+        if start.read() & LARGE != 0 {
+            start.add(LARGE_AT).cast::<Bytes>().drop_in_place();
         }
     }
 }
@@ -241,61 +239,90 @@ impl<'a> ItemRef<'a> {
     /// The item at an address.
     ///
     /// # Safety
-    /// The address came from [`Item::into_address`]; the item lives, and nothing changes it, for `'a`.
+    /// [`write`] wrote it there; it stays, and nothing changes it, for `'a`.
     #[inline]
-    pub(crate) unsafe fn at(address: u64) -> Self {
+    pub(crate) unsafe fn at(start: NonNull<u8>) -> Self {
         Self {
-            // SAFETY: as the caller promises.
-            start: unsafe { at_address(address) },
+            start,
             life: PhantomData,
         }
     }
 
     #[inline]
-    fn marks(self) -> u16 {
-        // SAFETY: the header is initialised and aligned (see `fill`).
-        unsafe { self.start.add(10).cast::<u16>().read() }
+    fn field<const N: usize>(self, at: usize) -> [u8; N] {
+        // SAFETY: asked only for offsets at which the marks say that there are N bytes of a field.
+        unsafe { self.start.add(at).cast::<[u8; N]>().read() }
+    }
+
+    #[inline]
+    fn marks(self) -> u8 {
+        let [marks] = self.field(0);
+        marks
+    }
+
+    #[inline]
+    fn length(self, at: usize, long: bool) -> usize {
+        if long {
+            usize::from(u16::from_le_bytes(self.field(at)))
+        } else {
+            let [length] = self.field(at);
+            usize::from(length)
+        }
     }
 
     #[inline]
     fn key_len(self) -> usize {
-        // SAFETY: as in `marks`.
-        usize::from(unsafe { self.start.add(8).cast::<u16>().read() })
+        self.length(KEY_LENGTH_AT, self.marks() & LONG_KEY != 0)
     }
 
     #[inline]
-    pub(crate) fn value_len(self) -> usize {
-        // SAFETY: as in `marks`.
-        unsafe { self.start.cast::<u32>().read() as usize }
-    }
-
-    fn allocation_bytes(self) -> usize {
+    fn small_value_len(self) -> usize {
         let marks = self.marks();
-        key_offset(marks) + self.key_len() + if marks & LARGE != 0 { 0 } else { self.value_len() }
+        self.length(KEY_LENGTH_AT + 1 + has(marks, LONG_KEY), marks & LONG_VALUE != 0)
     }
 
-    /// Bytes this item is charged with: see [`Parts::charged_bytes`].
-    pub(crate) fn charged_bytes(self) -> usize {
-        rounded(self.allocation_bytes()) + if self.marks() & LARGE != 0 { self.value_len() } else { 0 }
+    /// Parts of the same room can be written in its place without further ado: neither refers to anything.
+    #[inline]
+    pub(crate) fn is_as_large_as(self, parts: &Parts<'_>) -> bool {
+        self.marks() & LARGE == 0 && !matches!(parts.value, Value::Large(_)) && self.bytes() == parts.bytes()
+    }
+
+    /// How many bytes the value has.
+    #[inline]
+    pub(crate) fn value_len(self) -> usize {
+        self.value().bytes().len()
+    }
+
+    /// See [`Parts::bytes`].
+    #[inline]
+    pub(crate) fn bytes(self) -> usize {
+        let marks = self.marks();
+        let inline = if marks & LARGE != 0 { 0 } else { self.small_value_len() };
+        room(key_offset(marks) + self.key_len() + inline, marks)
+    }
+
+    /// See [`Parts::referenced_bytes`].
+    #[inline]
+    pub(crate) fn referenced_bytes(self) -> usize {
+        if self.marks() & LARGE != 0 { self.value_len() } else { 0 }
     }
 
     #[inline]
     pub(crate) fn key(self) -> &'a [u8] {
-        let at = key_offset(self.marks());
-        // SAFETY: `fill` wrote `key_len` bytes at this offset; they live for `'a`.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(at), self.key_len()) }
+        // SAFETY: `write` wrote `key_len` bytes there; they stay for `'a`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(key_offset(self.marks())), self.key_len()) }
     }
 
     #[inline]
     pub(crate) fn value(self) -> Value<'a> {
         let marks = self.marks();
         if marks & LARGE != 0 {
-            // SAFETY: with LARGE, `fill` wrote a `Bytes` at this aligned offset.
+            // SAFETY: with LARGE, `write` wrote a `Bytes` there, and the item begins at a multiple of 8.
             return Value::Large(unsafe { self.start.add(LARGE_AT).cast::<Bytes>().as_ref() });
         }
         let at = key_offset(marks) + self.key_len();
-        // SAFETY: without LARGE, `fill` wrote `value_len` bytes behind the key.
-        Value::Small(unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(at), self.value_len()) })
+        // SAFETY: without LARGE, `write` wrote the value behind the key.
+        Value::Small(unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(at), self.small_value_len()) })
     }
 
     #[inline]
@@ -304,8 +331,7 @@ impl<'a> ItemRef<'a> {
         if marks & FLAGS == 0 {
             return 0;
         }
-        // SAFETY: the mark says that the field is there.
-        unsafe { self.start.add(fields_offset(marks)).cast::<u32>().read_unaligned() }
+        u32::from_le_bytes(self.field(flags_offset(marks)))
     }
 
     #[inline]
@@ -314,9 +340,10 @@ impl<'a> ItemRef<'a> {
         if marks & DEADLINE == 0 {
             return Deadline::Never;
         }
-        // SAFETY: the mark says that the field is there.
-        let moment = unsafe { self.start.add(deadline_offset(marks)).cast::<u64>().read_unaligned() };
-        Deadline::At(UnixMillis(moment))
+        let bytes = self.field::<DEADLINE_BYTES>(deadline_offset(marks));
+        let mut moment = [0; 8];
+        moment[..DEADLINE_BYTES].copy_from_slice(&bytes);
+        Deadline::At(UnixMillis(u64::from_le_bytes(moment)))
     }
 
     #[inline]
@@ -325,20 +352,25 @@ impl<'a> ItemRef<'a> {
         if marks & VERSION == 0 {
             return Version(0);
         }
-        // SAFETY: the mark says that the field is there.
-        Version(unsafe { self.start.add(version_offset(marks)).cast::<u64>().read_unaligned() })
+        Version(u64::from_le_bytes(self.field(version_offset(marks))))
     }
 
     #[inline]
-    pub(crate) fn accessed_s(self) -> u32 {
-        // SAFETY: as in `marks`.
-        unsafe { self.start.add(4).cast::<u32>().read() }
+    pub(crate) fn accessed(self) -> Access {
+        Access(u16::from_le_bytes(self.field(ACCESS_AT)))
     }
 
     /// The state bits that are set.
     #[inline]
-    pub(crate) fn state(self) -> u16 {
-        self.marks() & STATE
+    pub(crate) fn state(self) -> u8 {
+        let marks = self.marks();
+        let rare = if marks & STATE != 0 {
+            let [state] = self.field(fields_offset(marks));
+            state
+        } else {
+            0
+        };
+        rare | if marks & READ != 0 { FETCHED } else { 0 }
     }
 
     /// All parts, to make a changed copy from.
@@ -349,7 +381,7 @@ impl<'a> ItemRef<'a> {
             flags: self.flags(),
             deadline: self.deadline(),
             version: self.version(),
-            accessed_s: self.accessed_s(),
+            accessed: self.accessed(),
             state: self.state(),
         }
     }
@@ -366,12 +398,11 @@ impl ItemMut<'_> {
     /// The item at an address.
     ///
     /// # Safety
-    /// The address came from [`Item::into_address`]; the item lives for `'a`, and nothing else refers to it meanwhile.
+    /// [`write`] wrote it there; it stays for `'a`, and nothing else refers to it meanwhile.
     #[inline]
-    pub(crate) unsafe fn at(address: u64) -> Self {
+    pub(crate) unsafe fn at(start: NonNull<u8>) -> Self {
         Self {
-            // SAFETY: as the caller promises.
-            start: unsafe { at_address(address) },
+            start,
             life: PhantomData,
         }
     }
@@ -384,56 +415,48 @@ impl ItemMut<'_> {
         }
     }
 
-    /// Overwrites the item in place when the new one takes the same room and neither holds a reference.
     #[inline]
-    pub(crate) fn rewrite(&mut self, parts: &Parts<'_>) -> bool {
-        let view = self.view();
-        let fits = view.marks() & LARGE == 0
-            && !matches!(parts.value, Value::Large(_))
-            && parts.allocation_bytes() == view.allocation_bytes();
-        if fits {
-            // SAFETY: the allocation has this size and no `Bytes`, and `&mut self` excludes references into it.
-            unsafe { fill(self.start, parts) };
-        }
-        fits
+    fn put(&mut self, at: usize, bytes: &[u8]) {
+        // SAFETY: called only for offsets at which the marks say that there are so many bytes of a field, and nothing else
+        // refers to the item.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(at), bytes.len()) };
     }
 
     /// Changes the deadline in place; false, and nothing changed, when the item has no field for it or needs none.
     pub(crate) fn set_deadline(&mut self, deadline: Deadline) -> bool {
         let marks = self.view().marks();
-        let Deadline::At(moment) = deadline else {
-            return marks & DEADLINE == 0;
-        };
-        if marks & DEADLINE == 0 {
-            return false;
+        if deadline == Deadline::Never || marks & DEADLINE == 0 {
+            return deadline == Deadline::Never && marks & DEADLINE == 0;
         }
-        // SAFETY: the mark says that the field is there, and nothing else refers to the item.
-        unsafe {
-            self.start
-                .add(deadline_offset(marks))
-                .cast::<u64>()
-                .write_unaligned(moment.0);
-        }
+        self.put(deadline_offset(marks), &deadline_bytes(deadline));
         true
     }
 
     /// Notes an access; writes only what changes, so that a hot item's cache line stays clean.
     #[inline]
-    pub(crate) fn mark_access(&mut self, accessed_s: u32) {
-        if self.view().accessed_s() != accessed_s {
-            // SAFETY: the header field is initialised and aligned, and nothing else refers to the item.
-            unsafe { self.start.add(4).cast::<u32>().write(accessed_s) };
+    pub(crate) fn mark_access(&mut self, accessed: Access) {
+        if self.view().accessed() != accessed {
+            self.put(ACCESS_AT, &accessed.0.to_le_bytes());
         }
-        if self.view().marks() & FETCHED == 0 {
-            self.set_state(FETCHED, 0);
+        let marks = self.view().marks();
+        if marks & READ == 0 {
+            self.put(0, &[marks | READ]);
         }
     }
 
-    /// Sets and clears state bits.
-    pub(crate) fn set_state(&mut self, set: u16, clear: u16) {
-        let marks = self.view().marks() & !(clear & STATE) | set & STATE;
-        // SAFETY: as in `mark_access`; the bits that describe the layout are unchanged.
-        unsafe { self.start.add(10).cast::<u16>().write(marks) };
+    /// Sets and clears state bits; false, and nothing changed, when the item has no field for those that are set.
+    pub(crate) fn set_state(&mut self, set: u8, clear: u8) -> bool {
+        let marks = self.view().marks();
+        let state = self.view().state() & !clear | set;
+        if marks & STATE == 0 && state & !FETCHED != 0 {
+            return false;
+        }
+        if marks & STATE != 0 {
+            self.put(fields_offset(marks), &[state & !FETCHED]);
+        }
+        let read = if state & FETCHED != 0 { READ } else { 0 };
+        self.put(0, &[marks & !READ | read]);
+        true
     }
 }
 
@@ -441,74 +464,102 @@ impl ItemMut<'_> {
 mod tests {
     use super::*;
 
-    fn change(item: &mut Item) -> ItemMut<'_> {
-        ItemMut {
-            start: item.start,
-            life: PhantomData,
+    /// Memory for one item.
+    struct Room(Vec<u64>);
+
+    impl Room {
+        fn with(parts: &Parts<'_>) -> Self {
+            let mut room = Self(vec![0; parts.bytes().div_ceil(8)]);
+            // SAFETY: the room is made for these parts, and aligned to 8.
+            unsafe { write(room.start(), parts) };
+            room
+        }
+
+        fn start(&mut self) -> NonNull<u8> {
+            NonNull::new(self.0.as_mut_ptr().cast()).unwrap()
         }
     }
 
-    /// Every combination of optional fields gives back what was put in, and is freed (Miri watches).
+    impl Drop for Room {
+        fn drop(&mut self) {
+            // SAFETY: an item lies there, and goes with the room.
+            unsafe { drop_reference(self.start()) };
+        }
+    }
+
+    /// Every combination of optional fields gives back what was put in, and drops what it refers to (Miri watches).
     #[test]
     fn every_layout_round_trips() {
         let large = Bytes::from(vec![3; 5000]);
-        for bits in 0..16u32 {
-            for key in [&b"k"[..], &[0xff; 250]] {
+        let small = vec![7; 300];
+        for bits in 0..64u32 {
+            for (key, value) in [(&b"k"[..], &b"value"[..]), (&[0xff; 250], b""), (&[9; 256], &small)] {
+                let on = |bit: u32| bits >> bit & 1 != 0;
                 let parts = Parts {
                     key,
-                    value: if bits & 1 != 0 {
+                    value: if on(0) {
                         Value::Large(&large)
                     } else {
-                        Value::Small(b"value")
+                        Value::Small(value)
                     },
-                    flags: if bits & 2 != 0 { 77 } else { 0 },
-                    deadline: if bits & 4 != 0 {
+                    flags: if on(1) { 77 } else { 0 },
+                    deadline: if on(2) {
                         Deadline::At(UnixMillis(1 << 40))
                     } else {
                         Deadline::Never
                     },
-                    version: Version(if bits & 8 != 0 { u64::MAX } else { 0 }),
-                    accessed_s: 5,
-                    state: STALE,
+                    version: Version(if on(3) { u64::MAX } else { 0 }),
+                    accessed: Access::at(500),
+                    state: if on(4) { STALE } else { 0 } | if on(5) { FETCHED } else { 0 },
                 };
-                let mut item = Item::new(&parts).unwrap();
-                change(&mut item).set_state(WON, STALE);
-                change(&mut item).mark_access(9);
-                let view = item.view();
-                assert_eq!(view.key(), key);
-                assert_eq!(view.value().bytes(), parts.value.bytes());
+                let mut room = Room::with(&parts);
+                let start = room.start();
+                // SAFETY: an item lies there; views are not used any more when it is changed.
+                let view = unsafe { ItemRef::at(start) };
+                assert_eq!((view.key(), view.value().bytes()), (key, parts.value.bytes()));
                 assert_eq!((view.flags(), view.deadline()), (parts.flags, parts.deadline));
-                assert_eq!((view.version(), view.accessed_s()), (parts.version, 9));
-                assert_eq!(view.state(), WON | FETCHED);
-                assert_eq!(view.charged_bytes(), parts.charged_bytes());
+                assert_eq!((view.version(), view.accessed()), (parts.version, parts.accessed));
+                assert_eq!((view.state(), view.bytes()), (parts.state, parts.bytes()));
+                assert_eq!(view.referenced_bytes(), parts.referenced_bytes());
+                // SAFETY: as above.
+                let mut change = unsafe { ItemMut::at(start) };
+                assert_eq!(change.set_state(WON, STALE), on(4));
+                change.mark_access(Access::at(900));
+                assert_eq!(change.set_deadline(Deadline::At(UnixMillis(5))), on(2));
+                assert_eq!(change.set_deadline(Deadline::Never), !on(2));
+                // SAFETY: an item lies there; views are not used any more when it is changed.
+                let view = unsafe { ItemRef::at(start) };
+                assert_eq!(view.state(), FETCHED | if on(4) { WON } else { 0 });
+                assert_eq!(view.accessed(), Access::at(900));
+                assert_eq!((view.key(), view.value().bytes()), (key, parts.value.bytes()));
             }
         }
     }
 
     #[test]
-    fn rewriting_needs_the_same_room() {
-        let parts = |value| Parts {
-            key: b"key",
-            value: Value::Small(value),
+    fn small_items_are_small() {
+        let parts = Parts {
+            key: &[b'k'; 19],
+            value: Value::Small(&[b'v'; 32]),
             flags: 0,
             deadline: Deadline::Never,
             version: Version(0),
-            accessed_s: 0,
-            state: 0,
+            accessed: Access::at(0),
+            state: FETCHED,
         };
-        let mut item = Item::new(&parts(b"12345")).unwrap();
-        assert!(change(&mut item).rewrite(&parts(b"54321")));
-        assert_eq!(item.view().value().bytes(), b"54321");
-        assert!(!change(&mut item).rewrite(&parts(b"1234")));
-        assert!(!change(&mut item).rewrite(&Parts {
-            flags: 1,
-            ..parts(b"54321")
-        }));
-        // A field more and as many bytes of value less: the same room, another layout.
-        assert!(change(&mut item).rewrite(&Parts {
-            flags: 1,
-            ..parts(b"1")
-        }));
-        assert_eq!((item.view().flags(), item.view().value().bytes()), (1, &b"1"[..]));
+        assert_eq!(parts.bytes(), 19 + 32 + 5);
+    }
+
+    #[test]
+    fn access_times() {
+        let now = 1_800_000_000u32;
+        for ago in [0, 1, 63, 64, 65, 1000, 86_400, 40 * 86_400] {
+            let seen = Access::at(now - ago).seconds(now);
+            assert!(
+                seen >= now - ago && seen - (now - ago) < 64 && seen <= now,
+                "{ago} {seen}"
+            );
+        }
+        assert_eq!(Access::at(10).seconds(20), 20);
     }
 }
