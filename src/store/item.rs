@@ -239,7 +239,7 @@ impl<'a> ItemRef<'a> {
     /// The item at an address.
     ///
     /// # Safety
-    /// [`write`] wrote it there; it stays, and nothing changes it, for `'a`.
+    /// [`write()`] wrote it there; it stays, and nothing changes it, for `'a`.
     #[inline]
     pub(crate) unsafe fn at(start: NonNull<u8>) -> Self {
         Self {
@@ -398,7 +398,7 @@ impl ItemMut<'_> {
     /// The item at an address.
     ///
     /// # Safety
-    /// [`write`] wrote it there; it stays for `'a`, and nothing else refers to it meanwhile.
+    /// [`write()`] wrote it there; it stays for `'a`, and nothing else refers to it meanwhile.
     #[inline]
     pub(crate) unsafe fn at(start: NonNull<u8>) -> Self {
         Self {
