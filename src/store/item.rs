@@ -6,7 +6,7 @@
 //! 3       key length       u8; LONG_KEY: u16
 //!         value length     u8; LONG_VALUE: u16; LARGE: none
 //! LARGE:  padding up to 8, then a `bytes::Bytes`: the value is referenced, and the item begins at a multiple of 8
-//! STATE:  u8    FLAGS: u32    DEADLINE: 6 bytes, milliseconds    VERSION: u64
+//! STATE:  u8    FLAGS: u32    DEADLINE: u64, milliseconds    VERSION: u64
 //! key, then (unless LARGE) value
 //! ```
 //! Nothing is aligned but the `Bytes`. A field that an item does not use costs nothing: an item of 19 bytes of key and 32 of
@@ -38,9 +38,6 @@ pub(crate) const FETCHED: u8 = 8;
 const ACCESS_AT: usize = 1;
 const KEY_LENGTH_AT: usize = 3;
 const LARGE_AT: usize = 8;
-const DEADLINE_BYTES: usize = 6;
-/// Later than anybody's deadline.
-const DEADLINE_MAX: u64 = (1 << (8 * DEADLINE_BYTES)) - 1;
 
 /// When an item was last used, to 64 seconds; good for 48 days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +140,7 @@ const fn deadline_offset(marks: u8) -> usize {
 }
 
 const fn version_offset(marks: u8) -> usize {
-    deadline_offset(marks) + DEADLINE_BYTES * has(marks, DEADLINE)
+    deadline_offset(marks) + 8 * has(marks, DEADLINE)
 }
 
 /// By marks: where the key begins.
@@ -160,16 +157,6 @@ const KEY_OFFSETS: [u8; 256] = {
 #[inline]
 fn key_offset(marks: u8) -> usize {
     usize::from(KEY_OFFSETS[usize::from(marks)])
-}
-
-fn deadline_bytes(deadline: Deadline) -> [u8; DEADLINE_BYTES] {
-    let moment = match deadline {
-        Deadline::At(moment) => moment.0.min(DEADLINE_MAX),
-        Deadline::Never => DEADLINE_MAX,
-    };
-    let mut bytes = [0; DEADLINE_BYTES];
-    bytes.copy_from_slice(&moment.to_le_bytes()[..DEADLINE_BYTES]);
-    bytes
 }
 
 /// Writes an item.
@@ -204,8 +191,8 @@ pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>) {
         if marks & FLAGS != 0 {
             put(flags_offset(marks), &parts.flags.to_le_bytes());
         }
-        if marks & DEADLINE != 0 {
-            put(deadline_offset(marks), &deadline_bytes(parts.deadline));
+        if let Deadline::At(moment) = parts.deadline {
+            put(deadline_offset(marks), &moment.0.to_le_bytes());
         }
         if marks & VERSION != 0 {
             put(version_offset(marks), &parts.version.0.to_le_bytes());
@@ -340,10 +327,7 @@ impl<'a> ItemRef<'a> {
         if marks & DEADLINE == 0 {
             return Deadline::Never;
         }
-        let bytes = self.field::<DEADLINE_BYTES>(deadline_offset(marks));
-        let mut moment = [0; 8];
-        moment[..DEADLINE_BYTES].copy_from_slice(&bytes);
-        Deadline::At(UnixMillis(u64::from_le_bytes(moment)))
+        Deadline::At(UnixMillis(u64::from_le_bytes(self.field(deadline_offset(marks)))))
     }
 
     #[inline]
@@ -425,10 +409,10 @@ impl ItemMut<'_> {
     /// Changes the deadline in place; false, and nothing changed, when the item has no field for it or needs none.
     pub(crate) fn set_deadline(&mut self, deadline: Deadline) -> bool {
         let marks = self.view().marks();
-        if deadline == Deadline::Never || marks & DEADLINE == 0 {
+        let (Deadline::At(moment), true) = (deadline, marks & DEADLINE != 0) else {
             return deadline == Deadline::Never && marks & DEADLINE == 0;
-        }
-        self.put(deadline_offset(marks), &deadline_bytes(deadline));
+        };
+        self.put(deadline_offset(marks), &moment.0.to_le_bytes());
         true
     }
 

@@ -1,4 +1,4 @@
-//! The memory of one shard's items: slots of some two hundred sizes, in blocks that each have slots of one size.
+//! The memory of one shard's items: slots of some hundred and fifty sizes, in blocks that each have slots of one size.
 //!
 //! A block is 64 KiB of a range of addresses that is reserved once, so a [`Location`] is an offset and leads to its item without
 //! a table. A block's memory becomes real, and is charged, page by page as its slots are first used, and goes back to the
@@ -31,7 +31,7 @@ const CLASSES_PER_DOUBLING: usize = 16;
 const CLASSES: usize = FINE_CLASSES + CLASSES_PER_DOUBLING * (SLOT_BYTES_MAX / FINE_BYTES_MAX).ilog2() as usize;
 
 /// A size is loose when more than one in so many of its slots is free, and more than two blocks' worth.
-const LOOSE_SHARE: u32 = 8;
+const LOOSE_SHARE: u64 = 8;
 /// How many of a size's blocks are looked at for the emptiest one.
 const BLOCKS_COMPARED_MAX: usize = 64;
 
@@ -87,8 +87,8 @@ struct Class {
     /// The first block that has a slot to give.
     first: u32,
     /// Slots of all its blocks that were handed out, and that hold an item.
-    used: u32,
-    live: u32,
+    used: u64,
+    live: u64,
     /// It is among those that may be loose.
     noted: bool,
 }
@@ -96,7 +96,7 @@ struct Class {
 impl Class {
     fn is_loose(&self) -> bool {
         let free = self.used - self.live;
-        free > (self.used / LOOSE_SHARE).max(2 * u32::from(self.slots_per_block))
+        free > (self.used / LOOSE_SHARE).max(2 * u64::from(self.slots_per_block))
     }
 }
 
@@ -319,7 +319,7 @@ impl Memory {
             self.unlist(number, Standing::Full);
         }
         let block = &mut self.blocks[number as usize];
-        self.classes[usize::from(block.class)].used -= u32::from(block.used);
+        self.classes[usize::from(block.class)].used -= u64::from(block.used);
         (block.used, block.free) = (0, NO_SLOT);
         if self.spare.is_none() {
             self.spare = Some(number);
