@@ -145,6 +145,7 @@ fn seeds_that_found_bugs() {
             "a COMMIT that waited for credit was taken for silence, and lost the credit that it had",
         ),
         (9618, "the same"),
+        (8446, "a block that was begun for a write without memory kept its page"),
     ] {
         let complaint = complaint(&run(seed, None));
         assert!(complaint.is_none(), "{bug}: {}", complaint.unwrap_or_default());

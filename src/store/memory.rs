@@ -231,6 +231,11 @@ impl Memory {
             let fresh = pages.saturating_sub(usize::from(block.pages));
             if fresh > 0 {
                 if !budget.charge(fresh * PAGE_BYTES) {
+                    if block.live == 0 {
+                        // Begun for nothing: no item's end would give it back.
+                        self.unlist(number, Standing::Full);
+                        self.give_back(budget, number);
+                    }
                     return None;
                 }
                 block.pages = pages as u8;
@@ -596,5 +601,22 @@ mod tests {
         memory.free(&mut budget, slots.pop().unwrap());
         assert!(memory.allocate(&mut budget, 100).is_none(), "another size has no page");
         assert!(memory.allocate(&mut budget, 1000).is_some());
+    }
+
+    /// An empty block that has a page, and gets no second one for a larger size, gives back what it has.
+    #[test]
+    fn a_block_begun_for_nothing_is_given_back() {
+        let mut budget = Budget::new(Pool::new(3 * PAGE_BYTES as u64));
+        let mut memory = Memory::new().unwrap();
+        let small = memory.allocate(&mut budget, 1000).unwrap();
+        memory.allocate(&mut budget, 5000).unwrap();
+        memory.free(&mut budget, small);
+        assert_eq!(memory.resident_bytes(), 3 * PAGE_BYTES, "one is kept for a moment");
+        assert!(memory.allocate(&mut budget, 8000).is_none());
+        assert_eq!(
+            (memory.resident_bytes(), budget.charged() as usize),
+            (2 * PAGE_BYTES, 2 * PAGE_BYTES)
+        );
+        assert!(memory.allocate(&mut budget, 3000).is_some());
     }
 }
