@@ -28,6 +28,7 @@ mod gathered;
 mod interactive;
 mod links;
 mod participant;
+mod time;
 
 /// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
 /// asked for while the others are decoded.
@@ -168,78 +169,6 @@ impl Engine {
         self.metrics.counters.turns += 1;
         if now.0 != self.ticked_ms {
             self.tick();
-        }
-    }
-
-    /// Work that time brings, a bounded piece of it.
-    fn tick(&mut self) {
-        let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
-        self.ticked_ms = self.now.0;
-        self.shards.tick(passed_ms, self.now, &mut self.metrics.counters);
-        if self.core.0 == 0 && self.flush_at.is_some_and(|at| at <= self.now) {
-            self.flush_at = None;
-            self.flush_by_time();
-        }
-        if self.now.0.saturating_sub(self.timeouts_checked_ms) >= 500 {
-            self.timeouts_checked_ms = self.now.0;
-            self.check_timeouts();
-        }
-    }
-
-    /// Empties the store on all cores, because somebody asked for it some time ago.
-    fn flush_by_time(&mut self) {
-        let id = match self.internal {
-            Some(id) => id,
-            None => {
-                let mut session = Session::new(Protocol::Text, "internal".to_owned(), self.now.0);
-                session.internal = true;
-                // There is nothing for the runtime to do about it.
-                session.listed = true;
-                self.sessions.add(session)
-            }
-        };
-        self.internal = Some(id);
-        // Asked for like any client's, it waits like one where it must: for an earlier one, or for credit.
-        if let Some(mut session) = self.sessions.take(id) {
-            // Nobody reads what it was answered.
-            session.output.filling.clear(0);
-            session.input.extend_from_slice(b"delete\n");
-            session.arrived_ns = self.now_ns;
-            if session.blocked == Blocked::No {
-                self.advance_input(&mut session, id, None);
-            }
-            self.sessions.put_back(id, session);
-        }
-        self.settle();
-    }
-
-    /// There is work to do even if nothing happens: the runtime should come again soon instead of sleeping.
-    pub fn has_background_work(&mut self) -> bool {
-        self.shards.go_on_emptying(self.now, &mut self.metrics.counters)
-    }
-
-    fn check_timeouts(&mut self) {
-        let idle_ms = self.config.limits.idle_timeout.as_millis() as u64;
-        let write_ms = self.config.limits.write_timeout.as_millis() as u64;
-        for id in self.sessions.ids() {
-            let Some(session) = self.sessions.get_mut(id).filter(|session| !session.internal) else {
-                continue;
-            };
-            let idle = idle_ms > 0
-                && session.output_bytes() == 0
-                && session.in_flight() == 0
-                && self.now.0.saturating_sub(session.last_received_ms) >= idle_ms;
-            let stuck = write_ms > 0
-                && !session.output.is_empty()
-                && self.now.0.saturating_sub(session.last_sent_ms) >= write_ms;
-            let transacts = session.open_txn.is_some();
-            if (idle || stuck) && !session.close_told {
-                self.metrics.counters.connections_timed_out += 1;
-                self.failed(id);
-            } else if transacts && let Some(mut session) = self.sessions.take(id) {
-                self.doom_if_silent(&mut session);
-                self.sessions.restore(id, session);
-            }
         }
     }
 

@@ -423,7 +423,7 @@ impl Report {
         if let Some(counts) = &self.server_txns {
             writeln!(
                 out,
-                "counted     by the server: {} requests for several keys, {} times that one started over, {} waits for locks",
+                "counted     by the server: {} requests for several keys, {} times that one locked anew, {} waits for locks",
                 grouped(counts.txns as f64),
                 grouped(counts.txn_retries as f64),
                 grouped(counts.lock_waits as f64),

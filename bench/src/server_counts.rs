@@ -10,7 +10,7 @@ use serde::Serialize;
 pub struct TxnCounts {
     /// Transactions and requests for several keys that were finished.
     pub txns: u64,
-    /// How often one of them started over because an older one was in its way.
+    /// How often one of them locked anew, because an older request wanted what it had locked.
     pub txn_retries: u64,
     /// Requests that waited for a transaction to end.
     pub lock_waits: u64,

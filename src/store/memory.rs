@@ -20,7 +20,7 @@ const BLOCK_UNITS: u64 = (BLOCK_BYTES / UNIT_BYTES) as u64;
 const PAGE_BYTES: usize = 4096;
 /// The address space of one shard: what 34 bits of units reach.
 const REGION_BYTES_MAX: usize = if cfg!(miri) { 1 << 21 } else { UNIT_BYTES << 34 };
-const REGION_BYTES_MIN: usize = if cfg!(miri) { 1 << 21 } else { 1 << 30 };
+const REGION_BYTES_MIN: usize = if cfg!(miri) { 1 << 21 } else { 1 << 24 };
 /// The largest slot: a key as long as a configuration may allow and a value that is just not referenced have room in it.
 const SLOT_BYTES_MAX: usize = 8192;
 
@@ -156,7 +156,8 @@ impl Memory {
             if let Some(region) = Region::reserve(region_bytes) {
                 break region;
             }
-            region_bytes /= 2;
+            // Addresses are rationed here (`ulimit -v`, or a system that promises no more memory than it has): others need some, too.
+            region_bytes /= 16;
             if region_bytes < REGION_BYTES_MIN {
                 return None;
             }
