@@ -42,6 +42,16 @@ pub enum PartitionerChoice {
     Ordered,
 }
 
+/// What happens when a write needs more memory than the limit allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Eviction {
+    /// It is refused, and nothing is lost.
+    None,
+    /// Items that are not worth their room make place, by the policy S3-FIFO: items that were not read again soon after they
+    /// came go first.
+    S3Fifo,
+}
+
 /// A number of bytes, written with an optional k, m or g (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
@@ -172,10 +182,15 @@ pub struct Config {
 /// Every limit.
 #[derive(Clone, Debug, Args)]
 pub struct Limits {
-    /// Memory for index, items and announced values, of all cores together [default: 75 % of what this process may use].
-    /// At it, writes that need more are answered with the protocol's out-of-memory error and the old value stays.
+    /// Memory of the whole process: items, index, connections, all [default: 75 % of what this process may use]. At it,
+    /// --eviction says what happens.
     #[arg(long, value_name = "BYTES")]
     pub max_memory: Option<Bytes>,
+
+    /// What happens at the memory limit. none: writes that need more are answered with the protocol's out-of-memory error,
+    /// and the old value stays. s3-fifo: other items make place.
+    #[arg(long, value_enum, default_value_t = Eviction::None)]
+    pub eviction: Eviction,
 
     /// The longest key, the same for all protocols. A longer one is refused.
     #[arg(long, value_name = "BYTES", default_value_t = 250, value_parser = clap::value_parser!(u16).range(1..=1000))]

@@ -69,6 +69,22 @@ counters! {
     version_mismatches,
     /// Items removed because their time was over.
     expired,
+    /// Items evicted that were read at most once in the time that new items have.
+    evicted_new,
+    /// Items evicted that had been read more often, and then no more for as long as a round takes.
+    evicted_old,
+    /// Items evicted (among both) that were never read since they were written.
+    evicted_unread,
+    /// Items evicted (among both) to leave room to another core, or to connections.
+    evicted_for_others,
+    /// Items evicted (among both) within two minutes, nearly, of their last use.
+    evicted_within_2m,
+    /// Later than that, and within an hour of it.
+    evicted_within_1h,
+    /// Later than that, and within a day of it.
+    evicted_within_1d,
+    /// Later than that.
+    evicted_later,
     /// How often the store was to be emptied.
     flushes,
     /// Writes refused because of the memory limit.
@@ -113,12 +129,20 @@ counters! {
     connections,
     /// Items (gauge).
     items,
+    /// Bytes of keys and values (gauge).
+    payload_bytes,
     /// Bytes of the slots that hold items, and of values that items refer to (gauge).
     item_bytes,
     /// Bytes charged for items: whole pages of slots, free ones included, and values that items refer to (gauge).
     item_resident_bytes,
     /// Bytes charged for indexes (gauge).
     index_bytes,
+    /// Bytes charged for the order in which items expire and are evicted (gauge).
+    order_bytes,
+    /// Bytes charged for values that are no longer stored, but still being sent (gauge).
+    lingering_bytes,
+    /// Bytes charged for what connections have received, and for replies that they have not taken (gauge).
+    connection_bytes,
     /// Bytes charged to the memory limit for everything (gauge).
     charged_bytes,
 }
