@@ -40,6 +40,11 @@ impl Pool {
         self.free.fetch_add(limit as i64 - before as i64, Ordering::Relaxed);
     }
 
+    /// Bytes that may still be charged; below 0 when more is charged than the limit allows.
+    pub fn room(&self) -> i64 {
+        self.free.load(Ordering::Relaxed)
+    }
+
     fn take(&self, bytes: u64) -> bool {
         self.free
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| {

@@ -7,7 +7,7 @@
 //! Nothing here waits, allocates per request, or knows a socket.
 
 use crate::budget::Pool;
-use crate::config::Config;
+use crate::config::{Config, Eviction};
 use crate::encoding::Rope;
 use crate::link::{Batch, CreditLimits, Direction, Link, Return, cost_bytes};
 use crate::locks::{Locks, Target as Lock, TxnId};
@@ -120,7 +120,8 @@ impl Engine {
     /// Core `core` of `table.cores()`, empty.
     pub fn new(core: CoreId, table: Arc<RangeTable>, pool: Arc<Pool>, config: Arc<Config>, now: UnixMillis) -> Self {
         let value_bytes_max = usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX);
-        let shards = Shards::new(core, &table, pool, value_bytes_max, now);
+        let evicts = config.limits.eviction != Eviction::None;
+        let shards = Shards::new(core, &table, pool, value_bytes_max, evicts, now);
         let limits = CreditLimits {
             requests_max: config.limits.mesh_requests_max,
             bytes_max: config.limits.mesh_bytes_max.0,
@@ -729,7 +730,7 @@ impl Engine {
                 // A small value counts and is not refused: it may be about to replace a larger one.
                 if bytes < LARGE_VALUE_BYTES {
                     self.shards.budget.charge_always(bytes);
-                } else if !self.shards.budget.charge(bytes) {
+                } else if !self.shards.reserve(bytes, self.now, &mut self.metrics.counters) {
                     self.metrics.counters.out_of_memory += 1;
                     let (arena, large) = (Bump::new(), OnceCell::new());
                     let refused = session.decoder.without_memory(header, &self.env(&arena, &large));

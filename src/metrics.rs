@@ -75,8 +75,8 @@ counters! {
     evicted_old,
     /// Items evicted (among both) that were never read since they were written.
     evicted_unread,
-    /// Items evicted (among both) to leave room to another core, or to connections.
-    evicted_for_others,
+    /// Items evicted (among both) ahead of need, to have memory ready for large values, other cores and connections.
+    evicted_ahead,
     /// Items evicted (among both) within two minutes, nearly, of their last use.
     evicted_within_2m,
     /// Later than that, and within an hour of it.
@@ -145,6 +145,13 @@ counters! {
     connection_bytes,
     /// Bytes charged to the memory limit for everything (gauge).
     charged_bytes,
+}
+
+impl Counters {
+    /// Items evicted.
+    pub fn evictions(&self) -> u64 {
+        self.evicted_new + self.evicted_old
+    }
 }
 
 /// A latency from 100 ns to a minute, to three digits.

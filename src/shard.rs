@@ -53,10 +53,10 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    /// An empty shard.
-    pub(crate) fn new(partitioner: Partitioner, now: UnixMillis, budget: &mut Budget) -> Self {
+    /// An empty shard. `evicts`: at the memory limit items make place, instead of writes being refused.
+    pub(crate) fn new(partitioner: Partitioner, evicts: bool, now: UnixMillis, budget: &mut Budget) -> Self {
         Self {
-            store: Store::new(partitioner, budget),
+            store: Store::new(partitioner, evicts, now, budget),
             last_version: now.0.saturating_mul(1_000_000),
             scratch: vec![],
         }
@@ -77,19 +77,46 @@ impl Shard {
     /// Adds what it holds to the gauges.
     pub(crate) fn count(&self, counters: &mut Counters) {
         counters.items += self.store.len() as u64;
+        counters.payload_bytes += self.store.payload_bytes() as u64;
         counters.item_bytes += self.store.item_bytes() as u64;
         counters.item_resident_bytes += self.store.resident_bytes() as u64;
         counters.index_bytes += self.store.index_bytes() as u64;
+        counters.order_bytes += self.store.order_bytes() as u64;
+        counters.lingering_bytes += self.store.lingering_bytes() as u64;
     }
 
-    /// Empties the shard at once; the memory comes back through [`Shard::give_back`].
+    /// Empties the shard at once; the memory comes back through [`Shard::tick`].
     pub(crate) fn flush(&mut self, context: &mut Context<'_>) {
         self.store.clear(context.budget);
     }
 
     /// Gives back a bounded piece of memory that nobody needs. False when there was none.
-    pub(crate) fn give_back(&mut self, context: &mut Context<'_>) -> bool {
-        self.store.give_back(context.budget)
+    pub(crate) fn tick(&mut self, context: &mut Context<'_>) -> bool {
+        self.store.tick(context.budget, context.now)
+    }
+
+    /// Evicts some items to leave memory to others; false when nothing is evicted here, or nothing is left.
+    pub(crate) fn yield_memory(&mut self, context: &mut Context<'_>) -> bool {
+        let yielded = self.store.yield_memory(context.budget);
+        let before = context.counters.evictions();
+        self.count_evicted(context.counters);
+        context.counters.evicted_ahead += context.counters.evictions() - before;
+        yielded
+    }
+
+    /// Counts what was evicted.
+    fn count_evicted(&mut self, counters: &mut Counters) {
+        let Some(evicted) = self.store.take_evicted() else {
+            return;
+        };
+        let [within_2m, within_1h, within_1d, later] = evicted.by_idle_time;
+        counters.evicted_new += evicted.new;
+        counters.evicted_old += evicted.old;
+        counters.evicted_unread += evicted.unread;
+        counters.evicted_within_2m += within_2m;
+        counters.evicted_within_1h += within_1h;
+        counters.evicted_within_1d += within_1d;
+        counters.evicted_later += later;
     }
 
     /// What a command may cost before it is executed.
@@ -137,14 +164,16 @@ impl Shard {
         }
     }
 
-    /// Some item's time may be over: [`Shard::sweep`] has something to look for.
+    /// Some item's time may be over: [`Shard::expire`] has something to look for.
     pub(crate) fn is_due(&self, now: UnixMillis) -> bool {
         self.store.is_due(now)
     }
 
-    /// Removes items whose time is over from up to `buckets` buckets.
-    pub(crate) fn sweep(&mut self, context: &mut Context<'_>, buckets: usize) {
-        context.counters.expired += self.store.sweep(context.budget, context.now, buckets) as u64;
+    /// Removes items whose time is over; looks at up to `entries` that may be, a few more at most. Returns how many those were.
+    pub(crate) fn expire(&mut self, context: &mut Context<'_>, entries: usize) -> usize {
+        let (seen, removed) = self.store.expire(context.budget, context.now, entries);
+        context.counters.expired += removed as u64;
+        seen
     }
 
     /// Executes one command. `hash` is the key's, as [`crate::partition::Place`] has it.
@@ -315,7 +344,13 @@ impl Shard {
         let own;
         let value = match put.value {
             Value::Small(bytes) if bytes.len() >= LARGE_VALUE_BYTES => {
-                own = Bytes::copy_from_slice(bytes);
+                let mut copy = Vec::new();
+                if copy.try_reserve_exact(bytes.len()).is_err() {
+                    context.counters.out_of_memory += 1;
+                    return Reply::OutOfMemory;
+                }
+                copy.extend_from_slice(bytes);
+                own = Bytes::from(copy);
                 Value::Large(&own)
             }
             value => value,
@@ -352,6 +387,10 @@ impl Shard {
                 };
                 let mut whole = std::mem::take(&mut self.scratch);
                 whole.clear();
+                if whole.try_reserve_exact(first.len() + second.len()).is_err() {
+                    context.counters.out_of_memory += 1;
+                    return Reply::OutOfMemory;
+                }
                 whole.extend_from_slice(first);
                 whole.extend_from_slice(second);
                 self.write_built(hash, position, parts, whole, context)
@@ -392,6 +431,7 @@ impl Shard {
         context: &mut Context<'_>,
     ) -> Result<Position, OutOfMemory> {
         let written = self.store.write(context.budget, hash, old, parts);
+        self.count_evicted(context.counters);
         match written {
             Ok(_) => context.counters.items_written += 1,
             Err(OutOfMemory) => context.counters.out_of_memory += 1,

@@ -7,10 +7,27 @@ use crate::partition::RangeTable;
 use crate::shard::{Context, Price, Shard};
 use std::sync::Arc;
 
-/// Buckets of a shard looked at for expired items: this many for each millisecond that passed, and at most so many in one
+/// Items looked at because their time may be over: this many for each millisecond that passed, and at most so many in one
 /// turn. The shards of a core take turns.
-const SWEEP_BUCKETS_PER_MS: u64 = 64;
-const SWEEP_BUCKETS_MAX: u64 = 4096;
+const EXPIRE_PER_MS: u64 = 512;
+const EXPIRE_MAX: u64 = 1024;
+/// Times in one turn that a core evicts some items ahead of need.
+const YIELDS_MAX: usize = 16;
+/// Memory that is kept ready where items are evicted: a share of the limit, or room for two of the largest values, but no more
+/// than another share.
+const READY_SHARE: u64 = 64;
+const READY_SHARE_MAX: u64 = 16;
+
+/// Times that a core evicts some items for one reservation.
+const RESERVE_YIELDS_MAX: usize = 4096;
+
+/// Too little memory is ready, and this core is one of those that have the most of it.
+fn wants_room(budget: &Budget, cores: u64, value_bytes_max: usize) -> bool {
+    let (limit, room) = (budget.pool().limit(), budget.pool().room());
+    let ready = (limit / READY_SHARE).max((2 * value_bytes_max as u64).min(limit / READY_SHARE_MAX));
+    let charged = limit.saturating_sub(u64::try_from(room).unwrap_or(0));
+    room < ready as i64 && budget.charged() >= charged / cores / 16 * 15
+}
 
 /// The shards that one core owns: a contiguous run.
 pub(crate) struct Shards {
@@ -21,10 +38,14 @@ pub(crate) struct Shards {
     pub(crate) budget: Budget,
     /// The largest value, in bytes.
     value_bytes_max: usize,
-    /// The shard that was swept last.
-    swept: usize,
-    /// Emptied tables still hold memory.
-    emptying: bool,
+    /// At the memory limit items make place.
+    evicts: bool,
+    /// How many cores share the limit.
+    cores: u64,
+    /// The shard that work was done for last.
+    served: usize,
+    /// There is more work that needs no request.
+    busy: bool,
 }
 
 impl Shards {
@@ -34,6 +55,7 @@ impl Shards {
         table: &RangeTable,
         pool: Arc<Pool>,
         value_bytes_max: usize,
+        evicts: bool,
         now: UnixMillis,
     ) -> Self {
         let mut budget = Budget::new(pool);
@@ -41,15 +63,17 @@ impl Shards {
         let mut shards = vec![];
         for shard in table.shards_of(core) {
             first.get_or_insert(shard.0);
-            shards.push(Shard::new(table.partitioner(), now, &mut budget));
+            shards.push(Shard::new(table.partitioner(), evicts, now, &mut budget));
         }
         Self {
             shards,
             first: first.unwrap_or(0),
             budget,
             value_bytes_max,
-            swept: 0,
-            emptying: false,
+            evicts,
+            cores: u64::from(table.cores()),
+            served: 0,
+            busy: false,
         }
     }
 
@@ -110,7 +134,7 @@ impl Shards {
     /// Empties them.
     pub(crate) fn flush(&mut self, now: UnixMillis, counters: &mut Counters) {
         self.each(now, counters, |shard, context| shard.flush(context));
-        self.emptying = true;
+        self.busy = true;
     }
 
     /// What a check asks for is so.
@@ -125,10 +149,15 @@ impl Shards {
 
     /// Sets memory aside for writes that must not fail; false when the limit does not allow it.
     pub(crate) fn reserve(&mut self, bytes: usize, now: UnixMillis, counters: &mut Counters) -> bool {
-        // What an emptied table still holds must not make a write fail.
+        // What an emptied table still holds must not make a write fail; nor other items, where those make place.
+        let mut yields = 0;
         while !self.budget.charge(bytes) {
             let mut any = false;
-            self.each(now, counters, |shard, context| any |= shard.give_back(context));
+            self.each(now, counters, |shard, context| any |= shard.tick(context));
+            if !any && yields < RESERVE_YIELDS_MAX {
+                yields += 1;
+                self.each(now, counters, |shard, context| any |= shard.yield_memory(context));
+            }
             if !any {
                 return false;
             }
@@ -138,35 +167,51 @@ impl Shards {
 
     /// Work that time brings, a bounded piece of it: `passed_ms` since the last time.
     pub(crate) fn tick(&mut self, passed_ms: u64, now: UnixMillis, counters: &mut Counters) {
-        self.tick_each(now, counters);
+        let entries = passed_ms.saturating_mul(EXPIRE_PER_MS).min(EXPIRE_MAX);
+        self.work(entries as usize, now, counters);
+    }
+
+    /// Goes on with work that needs no request; true when there is more.
+    pub(crate) fn go_on(&mut self, now: UnixMillis, counters: &mut Counters) -> bool {
+        if self.busy {
+            self.work(EXPIRE_PER_MS as usize, now, counters);
+        }
+        self.busy
+    }
+
+    fn work(&mut self, mut entries: usize, now: UnixMillis, counters: &mut Counters) {
+        let mut busy = false;
+        self.each(now, counters, |shard, context| busy |= shard.tick(context));
         let count = self.shards.len();
-        let due = (1..=count)
-            .map(|step| (self.swept + step) % count)
-            .find(|place| self.shards[*place].is_due(now));
-        let Some(due) = due else { return };
-        self.swept = due;
-        let buckets = passed_ms.saturating_mul(SWEEP_BUCKETS_PER_MS).min(SWEEP_BUCKETS_MAX);
         let mut context = Context {
             now,
             budget: &mut self.budget,
             counters,
             value_bytes_max: self.value_bytes_max,
         };
-        self.shards[due].sweep(&mut context, buckets as usize);
-    }
-
-    fn tick_each(&mut self, now: UnixMillis, counters: &mut Counters) {
-        let mut emptying = false;
-        self.each(now, counters, |shard, context| emptying |= shard.give_back(context));
-        self.emptying = emptying;
-    }
-
-    /// Gives back a piece of what emptied tables hold; true when there is more.
-    pub(crate) fn go_on_emptying(&mut self, now: UnixMillis, counters: &mut Counters) -> bool {
-        if self.emptying {
-            self.tick_each(now, counters);
+        for _ in 0..count {
+            let place = self.served % count;
+            if self.shards[place].is_due(now) {
+                let seen = self.shards[place].expire(&mut context, entries);
+                entries = entries.saturating_sub(seen);
+                if entries == 0 {
+                    busy = true;
+                    break;
+                }
+            }
+            self.served = place + 1;
         }
-        self.emptying
+        for _ in 0..YIELDS_MAX {
+            if !self.evicts || !wants_room(context.budget, self.cores, context.value_bytes_max) {
+                break;
+            }
+            self.served += 1;
+            if !self.shards[self.served % count].yield_memory(&mut context) {
+                break;
+            }
+            busy = true;
+        }
+        self.busy = busy;
     }
 
     /// Adds what they hold to the gauges.

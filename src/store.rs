@@ -1,23 +1,32 @@
 //! One shard's table: items found by key, charged to the core's budget, reclaimed when their time is over.
 //!
 //! It knows nothing of conditions or commands: [`crate::shard`] decides what to write, this module holds it. All `unsafe`
-//! code of the data path lives here and in its three parts: [`index`] (where an item is), [`memory`] (what room it has there)
+//! code of the data path lives here and in three of its parts: [`index`] (where an item is), [`memory`] (what room it has there)
 //! and [`item`] (what it is). The index knows places and the memory slots; that there is an item in each slot to which the index
-//! leads, and nowhere else, is this module's part of the bargain.
+//! leads, and nowhere else, is this module's part of the bargain. Two more parts know in which order items go: [`expiry`] (whose
+//! time is over) and [`eviction`] (who makes place); both lead to items by their hashes.
 
+mod eviction;
+mod expiry;
 mod index;
 mod item;
 mod memory;
+mod queue;
 
+pub(crate) use eviction::Evicted;
 pub(crate) use index::Position;
 pub(crate) use item::{Access, FETCHED, ItemRef, KEY_ENCODED, Parts, STALE, WON};
 
 use crate::budget::Budget;
 use crate::model::{Deadline, UnixMillis, Value};
 use crate::partition::Partitioner;
+use bytes::Bytes;
+use eviction::Eviction;
+use expiry::Expiry;
 use index::{Index, Location};
-use item::ItemMut;
+use item::{ItemMut, Standing};
 use memory::{Memory, slot_bytes};
+use std::collections::VecDeque;
 
 /// The memory limit, or the allocator, refuses the write. What was there before is unchanged.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,22 +39,38 @@ pub(crate) struct Store {
     /// Indexes of emptied tables whose items are still to be freed, a segment at a time.
     emptied: Vec<Index>,
     partitioner: Partitioner,
+    /// The time when [`Store::tick`] was last called.
+    now: UnixMillis,
+    /// Bytes of keys and values.
+    payload_bytes: usize,
     /// Bytes of values that items refer to, those of emptied tables included.
     referenced_bytes: usize,
-    /// How many items have a deadline: without any, sweeping is skipped.
+    /// Values that no item refers to any more, but replies that are still being sent: charged until those are.
+    lingering: VecDeque<Bytes>,
+    lingering_bytes: usize,
+    /// How many items have a deadline.
     with_deadline: usize,
-    sweep_at: u64,
-    /// No item ends before this moment: until then there is nothing to sweep.
-    due: UnixMillis,
-    /// The same for what the round of sweeping under way has seen.
-    due_seen: UnixMillis,
-    /// Reused: items to be moved, or whose time is over.
+    expiry: Expiry,
+    /// `None`: nothing is evicted.
+    eviction: Option<Eviction>,
+    /// What is charged for the memory of the two.
+    order_bytes: usize,
+    /// Reused: items to be moved or evicted.
     chosen: Vec<Location>,
+    /// Reused: entries of items that may be over.
+    due: Vec<u64>,
     /// Reused: an item that is being rewritten.
     copy: Vec<u8>,
 }
 
-const NEVER_DUE: UnixMillis = UnixMillis(u64::MAX);
+/// At most so many items, some ten milliseconds of work, are evicted for one write; one that needs more is refused. Only a
+/// large value that comes when no memory is kept ready needs more than a few.
+const EVICTED_PER_WRITE_MAX: usize = 1 << 16;
+/// Entries of items that may be over are looked at so many together, so that waiting for the memory of one overlaps with that
+/// of the others.
+const DUE_BATCH: usize = 16;
+/// Lingering values are looked at so many at a time.
+const LINGERING_BATCH: usize = 64;
 
 /// The item at a location, borrowed from the memory that it lies in.
 #[inline(always)]
@@ -55,22 +80,20 @@ fn item_at(memory: &Memory, location: Location) -> ItemRef<'_> {
     unsafe { ItemRef::at(memory.address(location)) }
 }
 
-/// The item at a location is gone: frees its slot, and returns how many bytes it referred to.
-fn free_item(memory: &mut Memory, budget: &mut Budget, location: Location) -> usize {
-    let referenced = item_at(memory, location).referenced_bytes();
+/// The item at a location is gone: frees its slot, and returns the value that it referred to.
+fn free_item(memory: &mut Memory, budget: &mut Budget, location: Location) -> Option<Bytes> {
     // SAFETY: the caller has taken the location out of the index, so nobody leads to the item any more.
-    unsafe { item::drop_reference(memory.address(location)) };
+    let value = unsafe { item::take_reference(memory.address(location)) };
     memory.free(budget, location);
-    budget.release(referenced);
-    referenced
+    value
 }
 
 impl Store {
-    /// An empty table.
+    /// An empty table, which evicts items when memory is used up, or refuses writes then.
     ///
     /// # Panics
     /// When the system has not even 16 KiB, or no addresses: there is no server without an index.
-    pub(crate) fn new(partitioner: Partitioner, budget: &mut Budget) -> Self {
+    pub(crate) fn new(partitioner: Partitioner, evicts: bool, now: UnixMillis, budget: &mut Budget) -> Self {
         let index = Index::new().expect("memory for an empty index");
         budget.charge_always(index.bytes());
         Self {
@@ -78,12 +101,17 @@ impl Store {
             memory: Memory::new().expect("a range of addresses"),
             emptied: vec![],
             partitioner,
+            now,
+            payload_bytes: 0,
             referenced_bytes: 0,
+            lingering: VecDeque::new(),
+            lingering_bytes: 0,
             with_deadline: 0,
-            sweep_at: 0,
-            due: NEVER_DUE,
-            due_seen: NEVER_DUE,
+            expiry: Expiry::default(),
+            eviction: evicts.then(Eviction::default),
+            order_bytes: 0,
             chosen: vec![],
+            due: vec![],
             copy: vec![],
         }
     }
@@ -96,6 +124,26 @@ impl Store {
     /// Bytes that items take: their slots, and what they refer to.
     pub(crate) fn item_bytes(&self) -> usize {
         self.memory.live_bytes() + self.referenced_bytes
+    }
+
+    /// Bytes of keys and values.
+    pub(crate) fn payload_bytes(&self) -> usize {
+        self.payload_bytes
+    }
+
+    /// Bytes charged for the order in which items expire and are evicted.
+    pub(crate) fn order_bytes(&self) -> usize {
+        self.order_bytes
+    }
+
+    /// Bytes charged for values that no item refers to any more, but replies that are still being sent.
+    pub(crate) fn lingering_bytes(&self) -> usize {
+        self.lingering_bytes
+    }
+
+    /// What was evicted since this was last asked. `None`: nothing is ever evicted.
+    pub(crate) fn take_evicted(&mut self) -> Option<Evicted> {
+        self.eviction.as_mut().map(Eviction::take_evicted)
     }
 
     /// Bytes charged for the items: whole pages, and what they refer to.
@@ -158,7 +206,10 @@ impl Store {
 
     /// Bytes that an item at a position is charged with.
     pub(crate) fn charged_bytes(&self, position: Position) -> usize {
-        let location = self.index.location(position);
+        self.charged_at(self.index.location(position))
+    }
+
+    fn charged_at(&self, location: Location) -> usize {
         self.memory.slot_bytes_at(location) + item_at(&self.memory, location).referenced_bytes()
     }
 
@@ -177,38 +228,69 @@ impl Store {
         }
     }
 
-    /// A slot for `bytes` bytes.
+    /// A slot for `bytes` bytes. What lies at `keep` stays in the table.
     #[inline]
-    fn allocate(&mut self, budget: &mut Budget, bytes: usize) -> Result<Location, OutOfMemory> {
+    fn allocate(&mut self, budget: &mut Budget, bytes: usize, keep: Option<Position>) -> Result<Location, OutOfMemory> {
+        let mut evicted = 0;
         loop {
-            match self.memory.allocate(budget, bytes) {
-                Some(location) => return Ok(location),
-                None if self.reclaim(budget) => {}
-                None => return Err(OutOfMemory),
+            if let Some(location) = self.memory.allocate(budget, bytes) {
+                return Ok(location);
             }
+            self.make_room(budget, keep, &mut evicted)?;
         }
     }
 
-    /// Charges bytes that are not the memory's.
+    /// Charges bytes that are not the memory's. What lies at `keep` stays in the table.
     #[inline]
-    fn charge(&mut self, budget: &mut Budget, bytes: usize) -> Result<(), OutOfMemory> {
+    fn charge(&mut self, budget: &mut Budget, bytes: usize, keep: Option<Position>) -> Result<(), OutOfMemory> {
+        let mut evicted = 0;
         while !budget.charge(bytes) {
-            if !self.reclaim(budget) {
-                return Err(OutOfMemory);
-            }
+            self.make_room(budget, keep, &mut evicted)?;
         }
         Ok(())
     }
 
-    /// What an emptied table, or a size with many free slots, still holds must not make a write fail. False when there is
-    /// nothing like that.
+    /// What an emptied table, or a size with many free slots, still holds must not make a write fail; nor must other items,
+    /// where those are evicted.
     #[cold]
-    fn reclaim(&mut self, budget: &mut Budget) -> bool {
-        self.reclaim_some(budget, 16)
+    fn make_room(
+        &mut self,
+        budget: &mut Budget,
+        keep: Option<Position>,
+        evicted: &mut usize,
+    ) -> Result<(), OutOfMemory> {
+        if self.reclaim(budget, 16, true) {
+            return Ok(());
+        }
+        let more = match *evicted {
+            ..EVICTED_PER_WRITE_MAX => self.evict(budget, keep, Access::at(self.now.seconds())),
+            _ => 0,
+        };
+        *evicted += more;
+        self.recharge_order(budget);
+        if more > 0 { Ok(()) } else { Err(OutOfMemory) }
     }
 
-    fn reclaim_some(&mut self, budget: &mut Budget, segments: usize) -> bool {
-        self.free_emptied(budget, segments) || self.tighten(budget) || self.memory.trim(budget)
+    /// Evicts some items to leave memory to others; false when there was nothing to evict.
+    pub(crate) fn yield_memory(&mut self, budget: &mut Budget) -> bool {
+        self.make_room(budget, None, &mut 0).is_ok()
+    }
+
+    /// Gives back a bounded piece of what is charged and holds nothing; false when there is nothing like that. `urgently`: also
+    /// what may come to use soon.
+    fn reclaim(&mut self, budget: &mut Budget, segments: usize, urgently: bool) -> bool {
+        self.free_emptied(budget, segments)
+            || self.tighten(budget, urgently && self.eviction.is_some())
+            || self.memory.trim(budget)
+    }
+
+    /// Charges what the order in which items go takes now.
+    fn recharge_order(&mut self, budget: &mut Budget) {
+        let bytes = self.expiry.bytes() + self.eviction.as_ref().map_or(0, Eviction::bytes);
+        let before = std::mem::replace(&mut self.order_bytes, bytes);
+        // It is little, and nothing could be evicted without it.
+        budget.charge_always(bytes.saturating_sub(before));
+        budget.release(before.saturating_sub(bytes));
     }
 
     /// Writes an item in the place of `old`, or anew.
@@ -220,90 +302,131 @@ impl Store {
         old: Option<Position>,
         parts: &Parts<'_>,
     ) -> Result<Position, OutOfMemory> {
-        let old_item = old.map(|position| self.item(position));
-        if let (Some(position), Some(item)) = (old, old_item)
+        if let Some(position) = old
+            && let item = self.item(position)
             && item.is_as_large_as(parts)
         {
             // The usual case.
-            let had_deadline = item.deadline() != Deadline::Never;
+            let (had, standing, payload) = (item.deadline(), item.standing().used(), item.payload_bytes());
             let location = self.index.location(position);
-            // SAFETY: as in `overwrite`; there is no reference to drop.
-            unsafe { item::write(self.memory.address(location), parts) };
-            self.count_deadline(had_deadline, parts.deadline);
+            // SAFETY: as in `overwrite`; there is no reference to take.
+            unsafe { item::write(self.memory.address(location), parts, standing) };
+            self.payload_bytes = self.payload_bytes + parts.payload_bytes() - payload;
+            self.count_deadline(budget, hash, had, parts.deadline);
             return Ok(position);
         }
-        let (referenced, referenced_before) = (parts.referenced_bytes(), old_item.map_or(0, ItemRef::referenced_bytes));
-        let had_deadline = old_item.is_some_and(|item| item.deadline() != Deadline::Never);
-        // Only growth is charged before it happens: at the limit, a write that shrinks an item must go through.
-        let more = referenced.saturating_sub(referenced_before);
-        if more > 0 {
-            self.charge(budget, more)?;
-        }
+        let had = old.map_or(Deadline::Never, |position| self.item(position).deadline());
+        let payload = old.map_or(0, |position| self.item(position).payload_bytes());
         let written = match old {
             Some(position) => self.overwrite(budget, position, parts).map(|()| position),
             None => self.insert(budget, hash, parts),
         };
-        if written.is_err() {
-            budget.release(more);
-            return written;
+        if written.is_ok() {
+            self.payload_bytes = self.payload_bytes + parts.payload_bytes() - payload;
+            self.count_deadline(budget, hash, had, parts.deadline);
         }
-        budget.release(referenced_before.saturating_sub(referenced));
-        self.referenced_bytes = self.referenced_bytes + referenced - referenced_before;
-        self.count_deadline(had_deadline, parts.deadline);
         written
     }
 
+    /// An item's deadline has changed; an item that is not there has none.
     #[inline]
-    fn count_deadline(&mut self, had_deadline: bool, deadline: Deadline) {
-        let has_deadline = deadline != Deadline::Never;
-        self.with_deadline = self.with_deadline + usize::from(has_deadline) - usize::from(had_deadline);
-        self.note_deadline(deadline);
+    fn count_deadline(&mut self, budget: &mut Budget, hash: u64, before: Deadline, after: Deadline) {
+        self.with_deadline += usize::from(after != Deadline::Never);
+        self.with_deadline -= usize::from(before != Deadline::Never);
+        if let Deadline::At(moment) = after
+            && !matches!(before, Deadline::At(earlier) if earlier <= moment)
+        {
+            self.expiry.add(hash, moment, self.now);
+            self.recharge_order(budget);
+        }
     }
 
     fn overwrite(&mut self, budget: &mut Budget, position: Position, parts: &Parts<'_>) -> Result<(), OutOfMemory> {
+        let (referenced, old) = (parts.referenced_bytes(), self.item(position));
+        // Only growth is charged before it happens: at the limit, a write that shrinks an item must go through. What is still
+        // being sent does not make room for anything.
+        let stays = old.refers_to(parts.value);
+        let room = match old.is_shared() && !stays {
+            true => 0,
+            false => old.referenced_bytes(),
+        };
+        let more = referenced.saturating_sub(room);
+        if more > 0 {
+            self.charge(budget, more, Some(position))?;
+        }
         let bytes = parts.bytes();
         let slot_now = self.memory.slot_bytes_at(self.index.location(position));
         let elsewhere = if slot_bytes(bytes) == slot_now {
             None
         } else {
-            match self.allocate(budget, bytes) {
+            match self.allocate(budget, bytes, Some(position)) {
                 Ok(location) => Some(location),
                 // In a slot that is larger than it needs it wastes nothing that was not in use before.
-                Err(OutOfMemory)
-                    if bytes <= slot_now && (parts.referenced_bytes() == 0 || slot_now.is_multiple_of(8)) =>
-                {
-                    None
+                Err(OutOfMemory) if bytes <= slot_now && (referenced == 0 || slot_now.is_multiple_of(8)) => None,
+                Err(OutOfMemory) => {
+                    budget.release(more);
+                    return Err(OutOfMemory);
                 }
-                Err(OutOfMemory) => return Err(OutOfMemory),
             }
         };
-        // Allocating may have moved the item.
+        // Allocating may have moved the item, and may have given it another standing.
         let before = self.index.location(position);
         let after = elsewhere.unwrap_or(before);
+        let (standing, charged_before) = (item_at(&self.memory, before).standing(), self.charged_at(before));
         // SAFETY: nobody else refers to the old item, which is not looked at any more; the slot is large enough, and begins at
         // a multiple of 8 if it must; `parts` points outside of the memory, because the borrow of `self` ends whatever came out of it.
-        unsafe {
-            item::drop_reference(self.memory.address(before));
-            item::write(self.memory.address(after), parts);
-        }
+        let value = unsafe {
+            let value = item::take_reference(self.memory.address(before));
+            item::write(self.memory.address(after), parts, standing.used());
+            value
+        };
         if elsewhere.is_some() {
             self.index.relocate(position, after);
             self.memory.free(budget, before);
         }
+        if !stays {
+            // The new value's bytes above the old one's are charged already.
+            self.referenced_bytes += referenced;
+            budget.charge_always(referenced - more);
+            self.let_go(budget, value);
+        }
+        if let Some(eviction) = &mut self.eviction {
+            let charged = self.memory.slot_bytes_at(after) + referenced;
+            eviction.went(standing, charged_before);
+            eviction.came(standing, charged);
+        }
         Ok(())
     }
 
-    fn insert(&mut self, budget: &mut Budget, hash: u64, parts: &Parts<'_>) -> Result<Position, OutOfMemory> {
-        let growth = self.index.growth_bytes(hash);
-        if growth > 0 {
-            self.charge(budget, growth)?;
+    /// A value is not referred to by an item any more: it is not charged any more either, unless it is still being sent.
+    #[inline]
+    fn let_go(&mut self, budget: &mut Budget, value: Option<Bytes>) {
+        let Some(value) = value else { return };
+        self.referenced_bytes -= value.len();
+        if value.is_unique() {
+            budget.release(value.len());
+        } else {
+            self.lingering_bytes += value.len();
+            self.lingering.push_back(value);
         }
-        let Ok(location) = self.allocate(budget, parts.bytes()) else {
-            budget.release(growth);
+    }
+
+    fn insert(&mut self, budget: &mut Budget, hash: u64, parts: &Parts<'_>) -> Result<Position, OutOfMemory> {
+        let referenced = parts.referenced_bytes();
+        let growth = self.index.growth_bytes(hash);
+        if growth + referenced > 0 {
+            self.charge(budget, growth + referenced, None)?;
+        }
+        let Ok(location) = self.allocate(budget, parts.bytes(), None) else {
+            budget.release(growth + referenced);
             return Err(OutOfMemory);
         };
+        let standing = self
+            .eviction
+            .as_mut()
+            .map_or(Standing::default(), |eviction| eviction.admit(hash));
         // SAFETY: the slot is new, large enough, and begins at a multiple of 8 if the item's size is one; see `overwrite`.
-        unsafe { item::write(self.memory.address(location), parts) };
+        unsafe { item::write(self.memory.address(location), parts, standing) };
         let index_before = self.index.bytes();
         let (memory, partitioner) = (&self.memory, self.partitioner);
         let hash_of = |location| partitioner.place(item_at(memory, location).key()).hash;
@@ -312,26 +435,30 @@ impl Store {
         // Nearly always equal; a second split in a row makes it more, a failed allocation less.
         budget.charge_always(grown.saturating_sub(growth));
         budget.release(growth.saturating_sub(grown));
-        inserted.map_err(|_| {
-            // SAFETY: the index does not lead to it.
-            unsafe { item::drop_reference(self.memory.address(location)) };
-            self.memory.free(budget, location);
-            OutOfMemory
-        })
-    }
-
-    #[inline]
-    fn note_deadline(&mut self, deadline: Deadline) {
-        if let Deadline::At(moment) = deadline {
-            self.due = self.due.min(moment);
-            self.due_seen = self.due_seen.min(moment);
+        let Ok(position) = inserted else {
+            // The index does not lead to it.
+            drop(free_item(&mut self.memory, budget, location));
+            budget.release(referenced);
+            return Err(OutOfMemory);
+        };
+        self.referenced_bytes += referenced;
+        let charged = self.memory.slot_bytes_at(location) + referenced;
+        if let Some(eviction) = &mut self.eviction {
+            eviction.came(standing, charged);
+            self.recharge_order(budget);
+            // Others make place for that, and for whatever else was charged above the limit.
+            let mut evicted = 0;
+            while budget.pool().room() < 0 && self.make_room(budget, Some(position), &mut evicted).is_ok() {}
         }
+        Ok(position)
     }
 
     /// Gives the item another deadline; false when there is no memory for the field.
     pub(crate) fn touch(&mut self, budget: &mut Budget, position: Position, deadline: Deadline) -> bool {
+        let before = self.item(position).deadline();
         if self.item_mut(position).set_deadline(deadline) {
-            self.note_deadline(deadline);
+            let hash = self.hash_at(self.index.location(position));
+            self.count_deadline(budget, hash, before, deadline);
             return true;
         }
         self.amend(budget, position, |parts| parts.deadline = deadline)
@@ -367,8 +494,9 @@ impl Store {
             state: old.state,
         };
         change(&mut parts);
+        let hash = self.partitioner.place(key).hash;
         let limited = budget.set_unlimited(true);
-        let written = self.write(budget, 0, Some(position), &parts).is_ok();
+        let written = self.write(budget, hash, Some(position), &parts).is_ok();
         budget.set_unlimited(limited);
         self.copy = copy;
         written
@@ -376,40 +504,68 @@ impl Store {
 
     /// Removes the item.
     pub(crate) fn remove(&mut self, budget: &mut Budget, position: Position) {
-        let location = self.index.remove(position);
-        self.with_deadline -= usize::from(item_at(&self.memory, location).deadline() != Deadline::Never);
-        self.referenced_bytes -= free_item(&mut self.memory, budget, location);
+        let location = self.index.location(position);
+        let item = item_at(&self.memory, location);
+        self.with_deadline -= usize::from(item.deadline() != Deadline::Never);
+        self.payload_bytes -= item.payload_bytes();
+        if let Some(eviction) = &mut self.eviction {
+            let charged = self.memory.slot_bytes_at(location) + item.referenced_bytes();
+            eviction.went(item.standing(), charged);
+        }
+        self.index.remove(position);
+        let value = free_item(&mut self.memory, budget, location);
+        self.let_go(budget, value);
+    }
+
+    fn hash_at(&self, location: Location) -> u64 {
+        self.partitioner.place(item_at(&self.memory, location).key()).hash
     }
 
     fn position_of(&self, location: Location) -> Option<Position> {
-        let hash = self.partitioner.place(item_at(&self.memory, location).key()).hash;
-        self.index.find(hash, |found| found == location)
+        self.index.find(self.hash_at(location), |found| found == location)
     }
 
-    /// Empties the table at once; its memory comes back through [`Store::give_back`]. Falls back to removing one by one when
+    /// Empties the table at once; its memory comes back through [`Store::tick`]. Falls back to removing one by one when
     /// there is no memory for an empty index.
     pub(crate) fn clear(&mut self, budget: &mut Budget) {
         match Index::new() {
             Some(empty) => {
                 budget.charge_always(empty.bytes());
                 self.emptied.push(std::mem::replace(&mut self.index, empty));
-                self.with_deadline = 0;
+                (self.with_deadline, self.payload_bytes) = (0, 0);
+                // Entries in the order of things lead to nothing now, and go by and by.
+                self.eviction.iter_mut().for_each(Eviction::cleared);
             }
             None => {
-                self.sweep_at = 0;
+                let mut at = 0;
                 while self.len() > 0 {
-                    self.remove_some(budget, 64, |_| true);
+                    let mut chosen = std::mem::take(&mut self.chosen);
+                    at = self.index.visit(at, 64, |location| chosen.push(location));
+                    for location in chosen.drain(..) {
+                        if let Some(position) = self.position_of(location) {
+                            self.remove(budget, position);
+                        }
+                    }
+                    self.chosen = chosen;
                 }
             }
         }
-        self.sweep_at = 0;
-        (self.due, self.due_seen) = (NEVER_DUE, NEVER_DUE);
     }
 
-    /// Gives back a bounded piece of what emptied tables, sizes with many free slots, and an empty block hold; false when there
-    /// is nothing like that.
-    pub(crate) fn give_back(&mut self, budget: &mut Budget) -> bool {
-        self.reclaim_some(budget, 1)
+    /// It is `now`. Does a bounded piece of what is to be done without a request: gives back memory that emptied tables, sizes
+    /// with many free slots, an empty block, and values that were sent still hold. False when there is nothing like that.
+    pub(crate) fn tick(&mut self, budget: &mut Budget, now: UnixMillis) -> bool {
+        self.now = now;
+        for _ in 0..LINGERING_BATCH.min(self.lingering.len()) {
+            let Some(value) = self.lingering.pop_front() else { break };
+            if value.is_unique() {
+                self.lingering_bytes -= value.len();
+                budget.release(value.len());
+            } else {
+                self.lingering.push_back(value);
+            }
+        }
+        self.reclaim(budget, 1, false)
     }
 
     /// Frees the items of up to `segments` segments of emptied tables; false when there were none.
@@ -421,26 +577,29 @@ impl Store {
             };
             any = true;
             let before = index.bytes();
-            let (memory, mut referenced) = (&mut self.memory, 0);
-            if index.free_segment(|location| referenced += free_item(memory, budget, location)) {
+            let (memory, mut values) = (&mut self.memory, vec![]);
+            if index.free_segment(|location| values.extend(free_item(memory, budget, location))) {
                 budget.release(before - index.bytes());
             } else {
                 budget.release(before);
                 self.emptied.pop();
             }
-            self.referenced_bytes -= referenced;
+            for value in values {
+                self.let_go(budget, Some(value));
+            }
         }
         any
     }
 
-    /// Moves the items of one block of a size that has many free slots; false when there is none.
-    fn tighten(&mut self, budget: &mut Budget) -> bool {
+    /// Moves the items of one block of a size that has many free slots, or `urgently` just enough of them; false when there is
+    /// none.
+    fn tighten(&mut self, budget: &mut Budget, urgently: bool) -> bool {
         // Items of emptied tables could not be moved: no index of ours leads to them.
-        if !self.memory.is_loose() || !self.emptied.is_empty() {
+        if !(urgently || self.memory.is_loose()) || !self.emptied.is_empty() {
             return false;
         }
         let mut items = std::mem::take(&mut self.chosen);
-        let block = self.memory.loose_block(&mut items);
+        let block = self.memory.loose_block(urgently, &mut items);
         for from in items.drain(..) {
             let bytes = self.memory.slot_bytes_at(from);
             let (Some(position), Some(to)) = (self.position_of(from), self.memory.allocate(budget, bytes)) else {
@@ -460,53 +619,58 @@ impl Store {
         block.inspect(|block| self.memory.emptied(*block)).is_some()
     }
 
-    /// Some item's time may be over.
+    /// Some item's time may be over, or entries in the order of things lead to nothing: there is work for [`Store::expire`].
     pub(crate) fn is_due(&self, now: UnixMillis) -> bool {
-        self.with_deadline > 0 && self.due <= now
+        self.expiry.is_due(now)
+            || self.expiry.has_too_many(self.with_deadline)
+            || self.eviction.as_ref().is_some_and(Eviction::has_too_many)
     }
 
-    /// Looks at up to `buckets` buckets and removes the items whose time is over; returns how many those were. Calls go round
-    /// the table, and rest after a round until the earliest deadline it has seen.
-    pub(crate) fn sweep(&mut self, budget: &mut Budget, now: UnixMillis, buckets: usize) -> usize {
-        let mut removed = 0;
-        for _ in 0..buckets {
-            if !self.is_due(now) {
+    /// Looks at up to `entries` entries that come up, a few more at most, and removes the items whose time is over. Returns how
+    /// many entries it looked at and how many items those were.
+    pub(crate) fn expire(&mut self, budget: &mut Budget, now: UnixMillis, entries: usize) -> (usize, usize) {
+        let (mut seen, mut removed) = (0, 0);
+        let mut due = std::mem::take(&mut self.due);
+        while seen < entries {
+            due.clear();
+            if self.expiry.is_due(now) {
+                due.extend((0..DUE_BATCH).map_while(|_| self.expiry.next_due(now)));
+                // Seconds without an entry count, too.
+                seen += due.len().max(1);
+            } else if self.expiry.has_too_many(self.with_deadline) {
+                self.expiry.take_some(8 * DUE_BATCH, &mut due);
+                seen += 8 * DUE_BATCH;
+            } else if self.eviction.as_ref().is_some_and(Eviction::has_too_many) {
+                self.shorten_small();
+                seen += DUE_BATCH;
+            } else {
                 break;
             }
-            let mut due_seen = self.due_seen;
-            removed += self.remove_some(budget, 1, |item| {
-                let deadline = item.deadline();
-                let is_over = deadline.is_over(now);
-                if let (Deadline::At(moment), false) = (deadline, is_over) {
-                    due_seen = due_seen.min(moment);
+            due.iter().for_each(|hash| self.prefetch_bucket(*hash));
+            due.iter().for_each(|hash| self.prefetch_item(*hash));
+            for hash in due.drain(..) {
+                let partitioner = self.partitioner;
+                let found = self.index.find(hash, |location| {
+                    let item = item_at(&self.memory, location);
+                    item.deadline() != Deadline::Never && partitioner.place(item.key()).hash == hash
+                });
+                let Some(position) = found else { continue };
+                match self.item(position).deadline() {
+                    deadline if deadline.is_over(now) => {
+                        self.remove(budget, position);
+                        removed += 1;
+                    }
+                    // Its deadline has moved, or it waits for a shorter stretch of time now.
+                    Deadline::At(moment) => _ = self.expiry.add(hash, moment, now),
+                    Deadline::Never => {}
                 }
-                is_over
-            });
-            self.due_seen = due_seen;
-            if self.sweep_at == 0 {
-                (self.due, self.due_seen) = (self.due_seen, NEVER_DUE);
             }
         }
-        removed
-    }
-
-    /// Goes on walking round the table by some buckets and removes what is to be removed.
-    fn remove_some(&mut self, budget: &mut Budget, buckets: usize, mut over: impl FnMut(ItemRef<'_>) -> bool) -> usize {
-        let mut chosen = std::mem::take(&mut self.chosen);
-        let memory = &self.memory;
-        self.sweep_at = self.index.visit(self.sweep_at, buckets, |location| {
-            if over(item_at(memory, location)) {
-                chosen.push(location);
-            }
-        });
-        let removed = chosen.len();
-        for location in chosen.drain(..) {
-            if let Some(position) = self.position_of(location) {
-                self.remove(budget, position);
-            }
+        self.due = due;
+        if seen > 0 {
+            self.recharge_order(budget);
         }
-        self.chosen = chosen;
-        removed
+        (seen, removed)
     }
 }
 
@@ -516,7 +680,7 @@ impl Drop for Store {
         let memory = &self.memory;
         for index in self.emptied.iter_mut().chain([&mut self.index]) {
             // SAFETY: the index forgets the item, and nothing else leads to it.
-            while index.free_segment(|location| unsafe { item::drop_reference(memory.address(location)) }) {}
+            while index.free_segment(|location| drop(unsafe { item::take_reference(memory.address(location)) })) {}
         }
     }
 }
@@ -529,6 +693,7 @@ mod tests {
     use std::sync::Arc;
 
     const PARTITIONER: Partitioner = Partitioner::Hashed { seed: 1 };
+    const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 
     fn parts<'a>(key: &'a [u8], value: &'a [u8], deadline: Deadline) -> Parts<'a> {
         Parts {
@@ -537,7 +702,7 @@ mod tests {
             flags: 0,
             deadline,
             version: Version(0),
-            accessed: Access::at(0),
+            accessed: Access::at(NOW.seconds()),
             state: 0,
         }
     }
@@ -553,13 +718,17 @@ mod tests {
         (pool.clone(), Budget::new(pool))
     }
 
+    fn charged_for(store: &Store) -> usize {
+        store.resident_bytes() + store.index_bytes() + store.order_bytes() + store.lingering_bytes()
+    }
+
     /// What is charged is exactly what the table says it uses, through growth, overwriting, removal and emptying.
     #[test]
     fn charges_are_exact() {
         let (_, mut budget) = budget(1 << 30);
-        let mut store = Store::new(PARTITIONER, &mut budget);
+        let mut store = Store::new(PARTITIONER, false, NOW, &mut budget);
         let exact = |store: &Store, budget: &Budget| {
-            assert_eq!(budget.charged() as usize, store.resident_bytes() + store.index_bytes());
+            assert_eq!(budget.charged() as usize, charged_for(store));
         };
         for round in 0..3usize {
             for number in 0..5000usize {
@@ -578,7 +747,7 @@ mod tests {
         exact(&store, &budget);
         store.clear(&mut budget);
         assert_eq!(store.len(), 0);
-        while store.give_back(&mut budget) {}
+        while store.tick(&mut budget, NOW) {}
         exact(&store, &budget);
     }
 
@@ -586,7 +755,7 @@ mod tests {
     #[test]
     fn the_limit_refuses_growth_and_nothing_else() {
         let (_, mut budget) = budget(200_000);
-        let mut store = Store::new(PARTITIONER, &mut budget);
+        let mut store = Store::new(PARTITIONER, false, NOW, &mut budget);
         let value = vec![b'v'; 1000];
         let mut stored = 0;
         while set(
@@ -622,7 +791,7 @@ mod tests {
     #[test]
     fn what_is_deleted_comes_back() {
         let (_, mut budget) = budget(1 << 30);
-        let mut store = Store::new(PARTITIONER, &mut budget);
+        let mut store = Store::new(PARTITIONER, false, NOW, &mut budget);
         let large = bytes::Bytes::from(vec![7; 5000]);
         let count = if cfg!(miri) { 300 } else { 30_000usize };
         let value_of = |number: usize| vec![number as u8; number % 4 * 200];
@@ -647,7 +816,7 @@ mod tests {
             store.remove(&mut budget, position);
         }
         let mut pieces = 0;
-        while store.give_back(&mut budget) {
+        while store.tick(&mut budget, NOW) {
             pieces += 1;
         }
         assert!(pieces > 10 || cfg!(miri), "{pieces}");
@@ -663,7 +832,7 @@ mod tests {
                 assert_eq!(item.value().bytes(), value_of(number));
             }
         }
-        assert_eq!(budget.charged() as usize, store.resident_bytes() + store.index_bytes());
+        assert_eq!(budget.charged() as usize, charged_for(&store));
         // A tenth of the items, half of the large values, and two blocks of each size, which may stay loose.
         assert!(
             store.resident_bytes() < before / 3,
@@ -674,33 +843,210 @@ mod tests {
         assert!(large.is_unique(), "dropped with the store");
     }
 
-    /// Sweeping removes exactly what is over, in bounded steps.
+    /// A page of ghosts and a piece of a queue, which come when items must go.
+    const ORDER_SLACK: u64 = 10_000;
+
+    fn at(second: u64) -> UnixMillis {
+        UnixMillis(NOW.0 + second * 1000)
+    }
+
+    fn key(number: u64) -> Vec<u8> {
+        format!("key{number}").into_bytes()
+    }
+
+    fn has(store: &Store, number: u64) -> bool {
+        store.find(PARTITIONER.place(&key(number)).hash, &key(number)).is_some()
+    }
+
+    /// What is over goes in bounded steps, a second later at most, and nothing else; also when deadlines were moved.
     #[test]
-    fn sweeping_goes_round_the_table() {
+    fn what_is_over_goes() {
         let (_, mut budget) = budget(1 << 30);
-        let mut store = Store::new(PARTITIONER, &mut budget);
-        for number in 0..10_000u64 {
-            let key = number.to_string().into_bytes();
-            let deadline = if number % 4 == 0 {
-                Deadline::Never
-            } else {
-                Deadline::At(UnixMillis(number))
+        let mut store = Store::new(PARTITIONER, false, NOW, &mut budget);
+        let count = if cfg!(miri) { 200 } else { 10_000u64 };
+        let mut deadlines: Vec<Option<u64>> = (0..count)
+            .map(|number| (number % 4 > 0).then_some(1 + number * 37 % 9000))
+            .collect();
+        let deadline_of = |second: Option<u64>| second.map_or(Deadline::Never, |second| Deadline::At(at(second)));
+        for (number, second) in deadlines.iter().enumerate() {
+            set(
+                &mut store,
+                &mut budget,
+                &parts(&key(number as u64), b"v", deadline_of(*second)),
+            )
+            .unwrap();
+        }
+        assert!(store.order_bytes() > 0);
+        for (number, second) in deadlines.iter_mut().enumerate().filter(|(number, _)| number % 3 == 0) {
+            let key = key(number as u64);
+            let position = store.find(PARTITIONER.place(&key).hash, &key).unwrap();
+            // Earlier, later, never, or for the first time.
+            *second = match number % 4 {
+                0 => Some(77),
+                1 => second.map(|second| second / 2),
+                2 => second.map(|second| second * 3),
+                _ => None,
             };
-            set(&mut store, &mut budget, &parts(&key, b"v", deadline)).unwrap();
+            assert!(store.touch(&mut budget, position, deadline_of(*second)));
         }
-        let mut removed = 0;
-        assert_eq!(store.sweep(&mut budget, UnixMillis(0), 1000), 0, "nothing is due yet");
-        for _ in 0..1000 {
-            let step = store.sweep(&mut budget, UnixMillis(4999), 16);
-            assert!(step <= 16 * 7);
-            removed += step;
+        for now in (0..30_000).step_by(13) {
+            store.tick(&mut budget, at(now));
+            while store.is_due(at(now)) {
+                let (seen, removed) = store.expire(&mut budget, at(now), 64);
+                assert!(
+                    seen > 0 && seen <= 64 + DUE_BATCH && removed <= seen,
+                    "{seen} {removed}"
+                );
+            }
+            if now % 1001 == 0 {
+                for (number, second) in deadlines.iter().enumerate() {
+                    assert_eq!(
+                        has(&store, number as u64),
+                        second.is_none_or(|second| second >= now),
+                        "{number} at {now}"
+                    );
+                }
+            }
         }
-        assert_eq!(removed, 3750);
-        assert_eq!(store.len(), 6250);
-        assert!(
-            !store.is_due(UnixMillis(5000)) && store.is_due(UnixMillis(5001)),
-            "it rests until the next deadline"
-        );
-        assert_eq!(store.with_deadline, 3750);
+        assert_eq!((store.with_deadline, store.order_bytes()), (0, 0));
+        assert_eq!(budget.charged() as usize, charged_for(&store));
+    }
+
+    /// Items that come and go with deadlines far away leave no trail of entries.
+    #[test]
+    fn entries_of_what_is_gone_are_few() {
+        for evicts in [false, true] {
+            let (_, mut budget) = budget(1 << 30);
+            let mut store = Store::new(PARTITIONER, evicts, NOW, &mut budget);
+            for number in 0..if cfg!(miri) { 10_000 } else { 300_000u64 } {
+                let key = key(number % 50);
+                set(
+                    &mut store,
+                    &mut budget,
+                    &parts(&key, b"v", Deadline::At(at(86_400 + number))),
+                )
+                .unwrap();
+                let position = store.find(PARTITIONER.place(&key).hash, &key).unwrap();
+                store.remove(&mut budget, position);
+                if number % 100 == 0 {
+                    store.expire(&mut budget, NOW, 256);
+                }
+            }
+            assert!(store.order_bytes() < 100_000, "{}", store.order_bytes());
+        }
+    }
+
+    /// At the limit items make place: no write is refused, what is charged stays under the limit, and who is read often stays.
+    #[test]
+    fn eviction_keeps_what_is_read() {
+        let limit = if cfg!(miri) { 400_000 } else { 4_000_000 };
+        let (_, mut budget) = budget(limit);
+        let mut store = Store::new(PARTITIONER, true, NOW, &mut budget);
+        let value = [b'v'; 100];
+        let room = limit / 150;
+        for number in 0..room * 10 {
+            set(&mut store, &mut budget, &parts(&key(number), &value, Deadline::Never)).unwrap();
+            assert!(budget.charged() <= limit + ORDER_SLACK, "{number}");
+            assert_eq!(budget.charged() as usize, charged_for(&store));
+            for often in (0..room / 10).filter(|often| (often + number) % 50 == 0) {
+                let key = key(often);
+                if let Some(position) = store.find(PARTITIONER.place(&key).hash, &key) {
+                    store.mark_access(position, NOW.seconds());
+                }
+            }
+        }
+        let kept = (0..room / 10).filter(|often| has(&store, *often)).count() as u64;
+        assert!(kept > room / 10 * 9 / 10, "{kept} of {} that are read often", room / 10);
+        let evicted = store.take_evicted().unwrap();
+        assert_eq!(evicted.new + evicted.old, room * 10 - store.len() as u64);
+        assert!(evicted.unread > 0 && evicted.by_idle_time[0] == evicted.new + evicted.old);
+        assert!(store.len() as u64 > room / 2, "{} items", store.len());
+    }
+
+    /// Another size of items, and large values, take over a table that is full.
+    #[test]
+    fn eviction_makes_place_for_other_sizes() {
+        let (_, mut budget) = budget(3_000_000);
+        let mut store = Store::new(PARTITIONER, true, NOW, &mut budget);
+        for (round, size) in [20, 700, 20, 2000, 200_000, 4000, 20].into_iter().enumerate() {
+            let value = vec![b'v'; size.min(4000)];
+            for number in 0..20_000_000 / (size as u64 + 500) {
+                let key = format!("{round}:{number}").into_bytes();
+                let large = bytes::Bytes::from(vec![7; 200_000]);
+                let small = parts(&key, &value, Deadline::Never);
+                let parts = match size {
+                    200_000 => Parts {
+                        value: Value::Large(&large),
+                        ..small
+                    },
+                    _ => small,
+                };
+                set(&mut store, &mut budget, &parts).unwrap_or_else(|_| panic!("{size}: {number}"));
+                assert!(budget.charged() <= 3_000_000 + ORDER_SLACK);
+            }
+            assert_eq!(budget.charged() as usize, charged_for(&store));
+        }
+    }
+
+    /// An item that is being overwritten is not evicted for that.
+    #[test]
+    fn an_item_does_not_make_place_for_itself() {
+        let (_, mut budget) = budget(300_000);
+        let mut store = Store::new(PARTITIONER, true, NOW, &mut budget);
+        for number in 0..3000u64 {
+            for size in [10, 900, 3000, 50] {
+                let value = vec![number as u8; size];
+                set(
+                    &mut store,
+                    &mut budget,
+                    &parts(&key(number % 100), &value, Deadline::Never),
+                )
+                .unwrap();
+                let key = key(number % 100);
+                let position = store.find(PARTITIONER.place(&key).hash, &key).unwrap();
+                assert_eq!(store.item(position).value().bytes(), value);
+            }
+        }
+        assert_eq!(budget.charged() as usize, charged_for(&store));
+    }
+
+    /// A value that is replaced while it is being sent counts until it is sent.
+    #[test]
+    fn what_is_being_sent_is_charged() {
+        let (_, mut budget) = budget(1_000_000);
+        let mut store = Store::new(PARTITIONER, false, NOW, &mut budget);
+        let hash = PARTITIONER.place(b"key").hash;
+        let mut sent = vec![];
+        loop {
+            let value = bytes::Bytes::from(vec![sent.len() as u8; 100_000]);
+            let parts = Parts {
+                value: Value::Large(&value),
+                ..parts(b"key", b"", Deadline::Never)
+            };
+            if set(&mut store, &mut budget, &parts).is_err() {
+                break;
+            }
+            let position = store.find(hash, b"key").unwrap();
+            let Value::Large(value) = store.item(position).value() else {
+                panic!("large")
+            };
+            sent.push(value.clone());
+        }
+        assert_eq!((sent.len(), store.lingering_bytes()), (9, 800_000));
+        sent.truncate(3);
+        store.tick(&mut budget, NOW);
+        // The first three, and what is stored.
+        assert_eq!(store.lingering_bytes(), 300_000);
+        assert_eq!(budget.charged() as usize, charged_for(&store));
+        // Rewritten for another field, the value is the same and counts once.
+        let position = store.find(hash, b"key").unwrap();
+        assert!(store.amend(&mut budget, position, |parts| parts.version = Version(7)));
+        assert_eq!(store.lingering_bytes(), 300_000);
+        assert_eq!(budget.charged() as usize, charged_for(&store));
+        store.remove(&mut budget, position);
+        sent.clear();
+        store.tick(&mut budget, NOW);
+        assert_eq!((store.lingering_bytes(), store.payload_bytes()), (0, 0));
+        assert_eq!(budget.charged() as usize, charged_for(&store));
     }
 }

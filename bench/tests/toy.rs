@@ -935,7 +935,8 @@ fn the_program_ends_with_the_right_code() {
 
     let json_line = Toy::start(ProtocolName::JsonLine, Fault::CommitEvery(2, Duration::ZERO)).to_string();
     let optimistic = ["--protocol", "json-line", "--txn", "3", "--checked", "--json"];
-    let (code, out, err) = program(&[&["run"], &short[..7], &optimistic, &["--target", &json_line]].concat());
+    let enough = ["--count", "200", "--duration", "1m"];
+    let (code, out, err) = program(&[&["run"], &short[..4], &enough, &optimistic, &["--target", &json_line]].concat());
     assert_eq!((code, err.as_str()), (Some(0), ""));
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert!(json["txn"]["committed"].as_u64() > Some(0) && json["txn"]["retries"].as_u64() > Some(0));

@@ -49,7 +49,7 @@ impl Engine {
 
     /// There is work to do even if nothing happens: the runtime should come again soon instead of sleeping.
     pub fn has_background_work(&mut self) -> bool {
-        self.shards.go_on_emptying(self.now, &mut self.metrics.counters)
+        self.shards.go_on(self.now, &mut self.metrics.counters)
     }
 
     fn check_timeouts(&mut self) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0       marks            which of the fields below there are, and whether the item was read since it was written
-//! 1..3    last access      u16, in units of 64 seconds
+//! 1..3    last access      13 bits, in units of 64 seconds; above them the item's standing: three bits
 //! 3       key length       u8; LONG_KEY: u16
 //!         value length     u8; LONG_VALUE: u16; LARGE: none
 //! LARGE:  padding up to 8, then a `bytes::Bytes`: the value is referenced, and the item begins at a multiple of 8
@@ -39,25 +39,69 @@ const ACCESS_AT: usize = 1;
 const KEY_LENGTH_AT: usize = 3;
 const LARGE_AT: usize = 8;
 
-/// When an item was last used, to 64 seconds; good for 48 days.
+/// When an item was last used, to 64 seconds; good for six days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Access(u16);
 
 impl Access {
     const UNIT_S: u32 = 64;
+    const BITS: u32 = 13;
+    const MASK: u16 = (1 << Self::BITS) - 1;
 
     /// At this moment, in Unix seconds.
     #[inline]
     pub(crate) fn at(now_s: u32) -> Self {
-        Self((now_s / Self::UNIT_S) as u16)
+        Self((now_s / Self::UNIT_S) as u16 & Self::MASK)
+    }
+
+    /// Seconds from this moment to a later one, to 64 seconds.
+    pub(crate) fn seconds_until(self, later: Self) -> u32 {
+        u32::from(later.0.wrapping_sub(self.0) & Self::MASK) * Self::UNIT_S
     }
 
     /// The moment, in Unix seconds, seen from a later one: not before the truth, and within a unit of it.
     pub(crate) fn seconds(self, now_s: u32) -> u32 {
-        let units = ((now_s / Self::UNIT_S) as u16).wrapping_sub(self.0);
-        let end =
-            (now_s / Self::UNIT_S - u32::from(units).min(now_s / Self::UNIT_S)) * Self::UNIT_S + (Self::UNIT_S - 1);
+        let passed_s = self
+            .seconds_until(Self::at(now_s))
+            .min(now_s / Self::UNIT_S * Self::UNIT_S);
+        let end = now_s / Self::UNIT_S * Self::UNIT_S - passed_s + (Self::UNIT_S - 1);
         end.min(now_s)
+    }
+}
+
+/// What is known of an item for the choice of what to evict: whether it is one of the main part, and how often, up to three
+/// times, it was used since that was last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Standing(u16);
+
+impl Standing {
+    const MAIN: u16 = 1 << Access::BITS;
+    const USE: u16 = 2 << Access::BITS;
+
+    /// In the main part, and not used there yet.
+    pub(crate) const NEW_IN_MAIN: Self = Self(Self::MAIN);
+
+    pub(crate) fn is_main(self) -> bool {
+        self.0 & Self::MAIN != 0
+    }
+
+    /// 0 to 3.
+    pub(crate) fn uses(self) -> u16 {
+        self.0 / Self::USE
+    }
+
+    /// Used once more.
+    #[inline]
+    pub(crate) fn used(self) -> Self {
+        match self.0.checked_add(Self::USE) {
+            Some(more) => Self(more),
+            None => self,
+        }
+    }
+
+    /// One use less.
+    pub(crate) fn forgiven(self) -> Self {
+        Self(self.0.checked_sub(Self::USE).unwrap_or(self.0))
     }
 }
 
@@ -98,6 +142,12 @@ impl Parts<'_> {
             Value::Large(_) => 0,
         };
         room(key_offset(self.marks()) + self.key.len() + inline, self.marks())
+    }
+
+    /// Bytes of key and value.
+    #[inline]
+    pub(crate) fn payload_bytes(&self) -> usize {
+        self.key.len() + self.value.bytes().len()
     }
 
     /// Bytes of the value that the item refers to; 0 when it holds the value itself.
@@ -165,7 +215,7 @@ fn key_offset(marks: u8) -> usize {
 /// `start` leads to `parts.bytes()` bytes of memory, begins at a multiple of 8 when the value is referenced, nothing refers
 /// to that memory, `parts` does not point into it, and a reference that it held was dropped.
 #[inline]
-pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>) {
+pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>, standing: Standing) {
     let marks = parts.marks();
     let start = start.as_ptr();
     // SAFETY: `parts.bytes()` covers each offset below by construction of the offset functions; the rest is as the caller
@@ -173,7 +223,7 @@ pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>) {
     unsafe {
         let put = |at: usize, bytes: &[u8]| std::ptr::copy_nonoverlapping(bytes.as_ptr(), start.add(at), bytes.len());
         start.write(marks);
-        put(ACCESS_AT, &parts.accessed.0.to_le_bytes());
+        put(ACCESS_AT, &(parts.accessed.0 | standing.0).to_le_bytes());
         // A short length is written as a long one: its second byte is part of what follows, and that is written later.
         put(KEY_LENGTH_AT, &(parts.key.len() as u16).to_le_bytes());
         let key = start.add(key_offset(marks));
@@ -201,18 +251,14 @@ pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>) {
     }
 }
 
-/// Drops what the item refers to. Its memory may be used for something else then.
+/// Takes out what the item refers to. Its memory may be used for something else then.
 ///
 /// # Safety
 /// `start` leads to an item, and nobody refers to it from now on.
 #[inline]
-pub(crate) unsafe fn drop_reference(start: NonNull<u8>) {
-    // SAFETY: an item begins with its marks; with LARGE, `write` put a `Bytes` there, which is dropped once.
-    unsafe {
-        if start.read() & LARGE != 0 {
-            start.add(LARGE_AT).cast::<Bytes>().drop_in_place();
-        }
-    }
+pub(crate) unsafe fn take_reference(start: NonNull<u8>) -> Option<Bytes> {
+    // SAFETY: an item begins with its marks; with LARGE, `write` put a `Bytes` there, which is taken once.
+    unsafe { (start.read() & LARGE != 0).then(|| start.add(LARGE_AT).cast::<Bytes>().read()) }
 }
 
 /// A borrowed item.
@@ -280,6 +326,27 @@ impl<'a> ItemRef<'a> {
         self.value().bytes().len()
     }
 
+    /// It refers to the same bytes, not only to equal ones.
+    pub(crate) fn refers_to(self, value: Value<'_>) -> bool {
+        matches!((self.value(), value), (Value::Large(own), Value::Large(other)) if std::ptr::eq(&own[..], &other[..]))
+    }
+
+    /// The value that it refers to is referred to by others, too.
+    pub(crate) fn is_shared(self) -> bool {
+        matches!(self.value(), Value::Large(bytes) if !bytes.is_unique())
+    }
+
+    /// See [`Parts::payload_bytes`].
+    #[inline]
+    pub(crate) fn payload_bytes(self) -> usize {
+        self.key_len() + self.value_len()
+    }
+
+    /// It has been read since it was written.
+    pub(crate) fn was_read(self) -> bool {
+        self.marks() & READ != 0
+    }
+
     /// See [`Parts::bytes`].
     #[inline]
     pub(crate) fn bytes(self) -> usize {
@@ -341,7 +408,12 @@ impl<'a> ItemRef<'a> {
 
     #[inline]
     pub(crate) fn accessed(self) -> Access {
-        Access(u16::from_le_bytes(self.field(ACCESS_AT)))
+        Access(u16::from_le_bytes(self.field(ACCESS_AT)) & Access::MASK)
+    }
+
+    #[inline]
+    pub(crate) fn standing(self) -> Standing {
+        Standing(u16::from_le_bytes(self.field(ACCESS_AT)) & !Access::MASK)
     }
 
     /// The state bits that are set.
@@ -419,13 +491,20 @@ impl ItemMut<'_> {
     /// Notes an access; writes only what changes, so that a hot item's cache line stays clean.
     #[inline]
     pub(crate) fn mark_access(&mut self, accessed: Access) {
-        if self.view().accessed() != accessed {
-            self.put(ACCESS_AT, &accessed.0.to_le_bytes());
+        let standing = self.view().standing().used();
+        if (self.view().accessed(), self.view().standing()) != (accessed, standing) {
+            self.put(ACCESS_AT, &(accessed.0 | standing.0).to_le_bytes());
         }
         let marks = self.view().marks();
         if marks & READ == 0 {
             self.put(0, &[marks | READ]);
         }
+    }
+
+    /// Gives it another standing.
+    pub(crate) fn set_standing(&mut self, standing: Standing) {
+        let accessed = self.view().accessed();
+        self.put(ACCESS_AT, &(accessed.0 | standing.0).to_le_bytes());
     }
 
     /// Sets and clears state bits; false, and nothing changed, when the item has no field for those that are set.
@@ -455,7 +534,7 @@ mod tests {
         fn with(parts: &Parts<'_>) -> Self {
             let mut room = Self(vec![0; parts.bytes().div_ceil(8)]);
             // SAFETY: the room is made for these parts, and aligned to 8.
-            unsafe { write(room.start(), parts) };
+            unsafe { write(room.start(), parts, Standing::default()) };
             room
         }
 
@@ -467,7 +546,7 @@ mod tests {
     impl Drop for Room {
         fn drop(&mut self) {
             // SAFETY: an item lies there, and goes with the room.
-            unsafe { drop_reference(self.start()) };
+            drop(unsafe { take_reference(self.start()) });
         }
     }
 
@@ -514,7 +593,7 @@ mod tests {
                 // SAFETY: an item lies there; views are not used any more when it is changed.
                 let view = unsafe { ItemRef::at(start) };
                 assert_eq!(view.state(), FETCHED | if on(4) { WON } else { 0 });
-                assert_eq!(view.accessed(), Access::at(900));
+                assert_eq!((view.accessed(), view.standing().uses()), (Access::at(900), 1));
                 assert_eq!((view.key(), view.value().bytes()), (key, parts.value.bytes()));
             }
         }
@@ -537,7 +616,7 @@ mod tests {
     #[test]
     fn access_times() {
         let now = 1_800_000_000u32;
-        for ago in [0, 1, 63, 64, 65, 1000, 86_400, 40 * 86_400] {
+        for ago in [0, 1, 63, 64, 65, 1000, 86_400, 6 * 86_400] {
             let seen = Access::at(now - ago).seconds(now);
             assert!(
                 seen >= now - ago && seen - (now - ago) < 64 && seen <= now,
@@ -545,5 +624,19 @@ mod tests {
             );
         }
         assert_eq!(Access::at(10).seconds(20), 20);
+    }
+
+    #[test]
+    fn standings() {
+        let mut standing = Standing::NEW_IN_MAIN;
+        for uses in [1, 2, 3, 3] {
+            standing = standing.used();
+            assert_eq!((standing.uses(), standing.is_main()), (uses, true));
+        }
+        for uses in [2, 1, 0, 0] {
+            standing = standing.forgiven();
+            assert_eq!((standing.uses(), standing.is_main()), (uses, true));
+        }
+        assert!(!Standing::default().used().is_main());
     }
 }

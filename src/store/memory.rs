@@ -98,6 +98,11 @@ impl Class {
         let free = self.used - self.live;
         free > (self.used / LOOSE_SHARE).max(2 * u64::from(self.slots_per_block))
     }
+
+    /// The free slots of other blocks suffice for the items of any one of them.
+    fn can_spare_a_block(&self) -> bool {
+        self.used - self.live > u64::from(self.slots_per_block)
+    }
 }
 
 /// See the module's text.
@@ -356,20 +361,37 @@ impl Memory {
         !self.loose.is_empty()
     }
 
-    /// Chooses a block of a loose size and adds the locations of its items to `items`: they are to be moved, each to a slot that
-    /// [`Memory::allocate`] gives, which it does for all of them, and freed. Then [`Memory::emptied`]. `None`: nothing is loose.
-    #[cold]
-    pub(crate) fn loose_block(&mut self, items: &mut Vec<Location>) -> Option<u32> {
-        let number = loop {
-            let number = *self.loose.last()?;
-            let class = &mut self.classes[usize::from(number)];
+    /// The size that is noted as loose and still is.
+    fn loose_class(&mut self) -> Option<usize> {
+        loop {
+            let number = usize::from(*self.loose.last()?);
+            let class = &mut self.classes[number];
             if class.is_loose() {
-                break number;
+                return Some(number);
             }
             class.noted = false;
             self.loose.pop();
+        }
+    }
+
+    /// The size with the most free bytes, if it can do without one of its blocks.
+    fn loosest_class(&self) -> Option<usize> {
+        let free_bytes = |class: &Class| (class.used - class.live) * u64::from(class.slot_bytes);
+        (0..CLASSES)
+            .filter(|class| self.classes[*class].can_spare_a_block())
+            .max_by_key(|class| free_bytes(&self.classes[*class]))
+    }
+
+    /// Chooses a block of a loose size and adds the locations of its items to `items`: they are to be moved, each to a slot that
+    /// [`Memory::allocate`] gives, which it does for all of them, and freed. Then [`Memory::emptied`]. `None`: nothing is loose, or
+    /// `urgently`: no size can do without one of its blocks.
+    #[cold]
+    pub(crate) fn loose_block(&mut self, urgently: bool, items: &mut Vec<Location>) -> Option<u32> {
+        let number = match self.loose_class() {
+            None if urgently => self.loosest_class()?,
+            number => number?,
         };
-        let class = self.classes[usize::from(number)];
+        let class = self.classes[number];
         let mut emptiest = class.first;
         let mut next = class.first;
         for _ in 0..BLOCKS_COMPARED_MAX {
@@ -558,7 +580,7 @@ mod tests {
             memory.free(&mut budget, location);
         }
         let mut moved = vec![];
-        while let Some(block) = memory.loose_block(&mut moved) {
+        while let Some(block) = memory.loose_block(false, &mut moved) {
             for from in moved.drain(..) {
                 let (location, bytes, with) = items.values_mut().find(|(at, ..)| *at == from).unwrap();
                 *location = memory.allocate(&mut budget, *bytes).unwrap();
