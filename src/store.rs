@@ -11,6 +11,8 @@ mod expiry;
 mod index;
 mod item;
 mod memory;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod model;
 mod queue;
 
 pub(crate) use eviction::Evicted;
@@ -23,7 +25,7 @@ use crate::partition::Partitioner;
 use bytes::Bytes;
 use eviction::Eviction;
 use expiry::Expiry;
-use index::{Index, Location};
+use index::{Index, Keys, Location};
 use item::{ItemMut, Standing};
 use memory::{Memory, slot_bytes};
 use std::collections::VecDeque;
@@ -78,6 +80,19 @@ fn item_at(memory: &Memory, location: Location) -> ItemRef<'_> {
     // SAFETY: locations come from the index, which leads to items only; they change through `&mut Store` alone, and `memory` is
     // borrowed as long as the item.
     unsafe { ItemRef::at(memory.address(location)) }
+}
+
+/// The keys of items, for the index, which does not know them.
+struct ItemKeys<'a>(&'a Memory, Partitioner);
+
+impl Keys for ItemKeys<'_> {
+    fn ask(&self, location: Location) {
+        index::prefetch(self.0.address(location).as_ptr());
+    }
+
+    fn hash(&self, location: Location) -> u64 {
+        self.1.place(item_at(self.0, location).key()).hash
+    }
 }
 
 /// The item at a location is gone: frees its slot, and returns the value that it referred to.
@@ -151,9 +166,9 @@ impl Store {
         self.memory.resident_bytes() + self.referenced_bytes
     }
 
-    /// Bytes charged for the index.
+    /// Bytes charged for the index, and for those of emptied tables that are still to be freed.
     pub(crate) fn index_bytes(&self) -> usize {
-        self.index.bytes()
+        self.index.bytes() + self.emptied.iter().map(Index::bytes).sum::<usize>()
     }
 
     /// First stage of looking ahead: fetches the bucket.
@@ -282,6 +297,17 @@ impl Store {
         self.free_emptied(budget, segments)
             || self.tighten(budget, urgently && self.eviction.is_some())
             || self.memory.trim(budget)
+            || self.index.is_sparse() && self.shrink_index(budget)
+    }
+
+    fn shrink_index(&mut self, budget: &mut Budget) -> bool {
+        let before = self.index.bytes();
+        let shrunk = self.index.shrink(&ItemKeys(&self.memory, self.partitioner));
+        // What is rebuilt for another reason may have become a little larger.
+        let after = self.index.bytes();
+        budget.release(before.saturating_sub(after));
+        budget.charge_always(after.saturating_sub(before));
+        shrunk
     }
 
     /// Charges what the order in which items go takes now.
@@ -428,9 +454,8 @@ impl Store {
         // SAFETY: the slot is new, large enough, and begins at a multiple of 8 if the item's size is one; see `overwrite`.
         unsafe { item::write(self.memory.address(location), parts, standing) };
         let index_before = self.index.bytes();
-        let (memory, partitioner) = (&self.memory, self.partitioner);
-        let hash_of = |location| partitioner.place(item_at(memory, location).key()).hash;
-        let inserted = self.index.insert(hash, location, hash_of);
+        let keys = ItemKeys(&self.memory, self.partitioner);
+        let inserted = self.index.insert(hash, location, &keys);
         let grown = self.index.bytes() - index_before;
         // Nearly always equal; a second split in a row makes it more, a failed allocation less.
         budget.charge_always(grown.saturating_sub(growth));

@@ -18,8 +18,8 @@ const QUEUES: usize = 1 << LEVEL_BITS;
 const LEVELS: usize = 5;
 /// So many entries more than there may be items with a deadline do no harm.
 const SUPERFLUOUS_MAX: usize = 4096;
-/// Seconds without any entry that are passed over at a time.
-const EMPTY_SECONDS_MAX: usize = 4096;
+/// Queues without any entry that are passed over at a time.
+const EMPTY_QUEUES_MAX: usize = 4096;
 
 /// See the module's text.
 #[derive(Debug, Default)]
@@ -29,6 +29,7 @@ pub(super) struct Expiry {
     /// The second that is being looked at; all before it are done.
     second: u64,
     entries: usize,
+    by_level: [usize; LEVELS],
     pieces: usize,
     /// Where [`Expiry::take_some`] is: a queue, and how many of its entries it has not seen.
     at: usize,
@@ -69,13 +70,15 @@ impl Expiry {
         let added = queue.push(hash);
         self.pieces += queue.pieces() - pieces;
         self.entries += usize::from(added);
+        self.by_level[level] += usize::from(added);
         added
     }
 
-    fn pop(&mut self, queue: usize) -> Option<u64> {
-        let queue = &mut self.queues[queue];
+    fn pop(&mut self, number: usize) -> Option<u64> {
+        let queue = &mut self.queues[number];
         let pieces = queue.pieces();
         let hash = queue.pop()?;
+        self.by_level[number / QUEUES] -= 1;
         self.pieces -= pieces - queue.pieces();
         self.entries -= 1;
         Some(hash)
@@ -88,7 +91,7 @@ impl Expiry {
             self.second = self.second.max(now.0 / 1000);
             return None;
         }
-        for _ in 0..EMPTY_SECONDS_MAX {
+        for _ in 0..EMPTY_QUEUES_MAX {
             // What waited for a longer stretch that begins with this second.
             let begins = self.second.trailing_zeros() / LEVEL_BITS;
             for level in (1..=(begins as usize).min(LEVELS - 1)).rev() {
@@ -102,7 +105,14 @@ impl Expiry {
             if let Some(hash) = self.pop(Self::queue_of(self.second, 0)) {
                 return Some(hash);
             }
-            self.second += 1;
+            // Where whole levels are empty, nothing comes up before the next stretch of the first one that is not.
+            let empty = self
+                .by_level
+                .iter()
+                .take(LEVELS - 1)
+                .take_while(|entries| **entries == 0);
+            let stretch = 1 << (LEVEL_BITS as usize * empty.count());
+            self.second = ((self.second / stretch + 1) * stretch).min(now.0 / 1000);
         }
         None
     }

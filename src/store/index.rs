@@ -24,6 +24,9 @@
 //! first. When twelve splits have used them up, the next one asks for the hash of every item of the segment once, and the base
 //! moves.
 //!
+//! **Shrinking.** Where most items are gone ([`Index::is_sparse`]), a walk round the directory replaces segments by smaller ones
+//! and pairs of segments by one ([`Index::shrink`]): the same moves backwards. The directory stays as large as it was.
+//!
 //! **Evenness.** If all segments were equally likely, they would all grow at nearly the same time: the memory per item would
 //! swing, and so would the time of insertions, and the allocator would be left with a heap of segments of the last size.
 //! [`spread`] makes the first segments of the directory about half as likely as the last ones, so at any time there are
@@ -51,6 +54,13 @@ const WINDOW_BITS: u32 = 12;
 /// with equal hashes, which no split can part, must not double it for ever.
 const DIRECTORY_FREE_PLACES: usize = if cfg!(miri) { 1 << 10 } else { 1 << 20 };
 const PLACES_PER_SEGMENT_MAX: usize = 64;
+/// An index with more bytes than this for each item, and some more, is sparse; a dense one has nine.
+const SPARSE_BYTES_PER_ITEM: usize = 14;
+const SPARSE_BYTES_MIN: usize = 1 << 16;
+/// What shrinks is filled up to here, in eighths, so that it need not grow again at once.
+const SHRUNK_EIGHTHS_MAX: usize = 6;
+/// Where all items of a segment are looked at, those of so many buckets are on their way into the cache.
+const BUCKETS_AHEAD: usize = 2;
 
 // What the recovery of fractions, the byte-sized bucket numbers and the tagged pointers rely on.
 const _: () = assert!((1 << FRACTION_BITS) / BUCKETS_MIN < 256);
@@ -69,6 +79,14 @@ impl Location {
     pub(crate) fn number(self) -> u64 {
         self.0
     }
+}
+
+/// Knows the keys of items.
+pub(crate) trait Keys {
+    /// Asks the processor for the key of the item at a location.
+    fn ask(&self, location: Location);
+    /// The hash of that key.
+    fn hash(&self, location: Location) -> u64;
 }
 
 /// The allocator has no memory, or too many hashes are equal.
@@ -344,6 +362,8 @@ pub(crate) struct Index {
     depth: u32,
     segment_bytes: usize,
     items: usize,
+    /// Where the walk of [`Index::shrink`] is.
+    shrink_at: usize,
 }
 
 // SAFETY: the index owns all it points to; nothing in it is tied to a thread.
@@ -361,6 +381,7 @@ impl Index {
             depth: 0,
             segment_bytes: segment.bytes(),
             items: 0,
+            shrink_at: 0,
         })
     }
 
@@ -498,14 +519,9 @@ impl Index {
         2 * BUCKETS_MIN * size_of::<Bucket>() - segment.bytes() + doubling
     }
 
-    /// Puts in where the item of a key is that is not there yet. `hash_of` gives the hash of the key of another item; it is
-    /// asked only in shards of millions of items.
-    pub(crate) fn insert(
-        &mut self,
-        hash: u64,
-        location: Location,
-        hash_of: impl Fn(Location) -> u64,
-    ) -> Result<Position, NoMemory> {
+    /// Puts in where the item of a key is that is not there yet. `keys`, of the other items, are asked for only in shards of
+    /// millions of items.
+    pub(crate) fn insert(&mut self, hash: u64, location: Location, keys: &impl Keys) -> Result<Position, NoMemory> {
         let spread = spread(hash);
         loop {
             let (segment, home, tag) = self.way(spread);
@@ -520,13 +536,13 @@ impl Index {
                     slot: room.slot as u8,
                 });
             }
-            self.grow(spread, &hash_of)?;
+            self.grow(spread, keys)?;
         }
     }
 
     /// Replaces the segment that `spread_hash` leads to by a larger one or by two.
     #[cold]
-    fn grow(&mut self, spread_hash: u64, hash_of: &impl Fn(Location) -> u64) -> Result<(), NoMemory> {
+    fn grow(&mut self, spread_hash: u64, keys: &impl Keys) -> Result<(), NoMemory> {
         let (first, span) = self.span_at(self.place_of(spread_hash));
         let old = self.directory[first];
         if let Some(new) = self.rebuilt(old, old.class() + 1, |_| true) {
@@ -539,7 +555,7 @@ impl Index {
         let (first, span) = self.span_at(self.place_of(spread_hash));
         let depth = self.depth - span.trailing_zeros();
         if depth >= self.directory[first].base() + WINDOW_BITS {
-            self.rebase(first, span, depth, hash_of);
+            self.rebase(first, span, depth, keys);
         }
         let old = self.directory[first];
         // The bit of a word that is bit `depth` of the hash.
@@ -583,7 +599,12 @@ impl Index {
         (class..CLASSES).find_map(|class| {
             let new = Segment::allocate(class, old.base())?;
             // SAFETY: freshly allocated and not shared.
-            if fill(unsafe { &mut *new.buckets() }, self.buckets(old), &belongs) {
+            if fill(
+                unsafe { &mut *new.buckets() },
+                &mut none_used(),
+                self.buckets(old),
+                &belongs,
+            ) {
                 return Some(new);
             }
             // SAFETY: it is nowhere else.
@@ -592,14 +613,99 @@ impl Index {
         })
     }
 
+    /// It has much more room than its items need.
+    pub(crate) fn is_sparse(&self) -> bool {
+        self.segment_bytes > self.items * SPARSE_BYTES_PER_ITEM + SPARSE_BYTES_MIN
+    }
+
+    /// Looks at the next segment on a walk round the directory, and replaces it, alone or with its neighbour, by a smaller one
+    /// where that suffices; false when there was nothing to gain. `keys` are as for [`Index::insert`].
+    pub(crate) fn shrink(&mut self, keys: &impl Keys) -> bool {
+        let (first, span) = self.span_at(self.shrink_at);
+        let buddy = first ^ span;
+        self.shrink_at = (first + span) % self.directory.len();
+        let old = self.directory[first];
+        let items = self.items_in(old);
+        if span < self.directory.len() && self.span_at(buddy) == (buddy, span) {
+            let both = items + self.items_in(self.directory[buddy]);
+            if let Some(class) = class_for(both)
+                && let Some(new) = self.merged(first & buddy, span, class, keys)
+            {
+                let gone = [first, buddy].map(|place| self.directory[place]);
+                self.directory[first & buddy..(first & buddy) + 2 * span].fill(new);
+                self.segment_bytes += new.bytes();
+                for segment in gone {
+                    self.segment_bytes -= segment.bytes();
+                    // SAFETY: it stood in these places only, and positions in it are no longer valid.
+                    unsafe { segment.free() };
+                }
+                return true;
+            }
+        }
+        let smaller = class_for(items).filter(|class| *class < old.class());
+        let Some(new) = smaller.and_then(|class| self.rebuilt(old, class, |_| true)) else {
+            return false;
+        };
+        if new.class() >= old.class() {
+            // SAFETY: it was made here and is nowhere else.
+            unsafe { new.free() };
+            return false;
+        }
+        self.replace(old, first, span, [new, new]);
+        true
+    }
+
+    fn items_in(&self, segment: Segment) -> usize {
+        let used = |bucket: &Bucket| SLOTS - bucket.matches(0).count_ones() as usize;
+        self.buckets(segment).iter().map(used).sum()
+    }
+
+    /// A segment of a class with all slots of the two that stand side by side in `2 * span` places from `first` on. `None` when
+    /// there is no room or no memory.
+    fn merged(&mut self, first: usize, span: usize, class: usize, keys: &impl Keys) -> Option<Segment> {
+        let depth = self.depth - (2 * span).trailing_zeros();
+        for half in [first, first + span] {
+            // Both must hold the same bits of the hash, and among them the one by which they may be parted again.
+            let base = self.directory[half].base();
+            if base > depth || base != self.directory[first].base() {
+                self.rebase(half, span, depth, keys);
+            }
+        }
+        if self.directory[first].base() != self.directory[first + span].base() {
+            self.rebase(first, span, depth, keys);
+        }
+        let new = Segment::allocate(class, self.directory[first].base())?;
+        let mut used = none_used();
+        let fits = [first, first + span].into_iter().all(|half| {
+            let old = self.buckets(self.directory[half]);
+            // SAFETY: freshly allocated and not shared.
+            fill(unsafe { &mut *new.buckets() }, &mut used, old, |_| true)
+        });
+        if !fits {
+            // SAFETY: it is nowhere else.
+            unsafe { new.free() };
+        }
+        fits.then_some(new)
+    }
+
     /// Makes the slots of a segment hold other hash bits: those from its depth on, a few earlier ones at most.
-    fn rebase(&mut self, first: usize, span: usize, depth: u32, hash_of: &impl Fn(Location) -> u64) {
+    fn rebase(&mut self, first: usize, span: usize, depth: u32, keys: &impl Keys) {
         let old = self.directory[first];
         let new = Segment::tagged(old.first(), old.class(), depth & 60).expect("it was there");
-        for bucket in self.buckets_mut(old) {
+        let buckets = self.buckets_mut(old);
+        for at in 0..buckets.len() + BUCKETS_AHEAD {
+            // Waiting for one item after the other would take a millisecond.
+            if let Some(ahead) = buckets.get(at) {
+                ahead
+                    .used(|_| true)
+                    .for_each(|slot| keys.ask(location_in(ahead.word(slot))));
+            }
+            let Some(bucket) = at.checked_sub(BUCKETS_AHEAD).map(|at| &mut buckets[at]) else {
+                continue;
+            };
             for slot in bucket.used(|_| true) {
                 let word = bucket.word(slot);
-                let window = new.window(spread(hash_of(location_in(word)))) << (LOCATION_BITS + 2);
+                let window = new.window(spread(keys.hash(location_in(word)))) << (LOCATION_BITS + 2);
                 bucket.set(slot, bucket.0[slot], window | word & ((1 << (LOCATION_BITS + 2)) - 1));
             }
         }
@@ -608,7 +714,7 @@ impl Index {
 
     /// Shows where the items of the next `buckets` home buckets are, and returns where to go on. Started at 0, a walk ends
     /// when it returns 0 again; it sees every item that stays in the index from its start to its end, also when the index
-    /// grows meanwhile.
+    /// grows meanwhile, but for some where it shrinks.
     pub(crate) fn visit(&self, cursor: u64, buckets: usize, mut visit: impl FnMut(Location)) -> u64 {
         // The cursor is a segment's hash prefix with a fraction in its low bits: everything below it has been seen. Both
         // keep their meaning when segments grow and split, because neither changes the order of homes. So the walk goes by
@@ -666,11 +772,22 @@ impl Index {
     }
 }
 
-/// Copies those slots that `belongs` picks from one segment to an empty one; false when there is no room for all. There
-/// always is in a segment of the same size.
-fn fill(new: &mut [Bucket], old: &[Bucket], belongs: impl Fn(u64) -> bool) -> bool {
-    // How many slots of a bucket are in use: the first ones. Asking the tags just written would wait for the writes.
-    let mut used = [0; buckets_of(CLASSES - 1)];
+/// By bucket, how many slots are in use, the first ones, in a segment that is being filled. Asking the tags just written would
+/// wait for the writes.
+type Used = [usize; buckets_of(CLASSES - 1)];
+
+fn none_used() -> Used {
+    [0; buckets_of(CLASSES - 1)]
+}
+
+/// The smallest class in which so many items have ample room.
+fn class_for(items: usize) -> Option<usize> {
+    (0..CLASSES).find(|class| items <= buckets_of(*class) * SLOTS / 8 * SHRUNK_EIGHTHS_MAX)
+}
+
+/// Copies those slots that `belongs` picks from one segment to another that is only filled this way; false when there is no
+/// room for all. There always is in an empty segment of the same size.
+fn fill(new: &mut [Bucket], used: &mut Used, old: &[Bucket], belongs: impl Fn(u64) -> bool) -> bool {
     for (at, bucket) in old.iter().enumerate() {
         let first_here = first_fraction(at, old.len());
         for slot in bucket.used(&belongs) {
@@ -722,6 +839,14 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::{HashMap, HashSet};
     use xxhash_rust::xxh3::xxh3_64;
+
+    impl<F: Fn(Location) -> u64> Keys for F {
+        fn ask(&self, _: Location) {}
+
+        fn hash(&self, location: Location) -> u64 {
+            self(location)
+        }
+    }
 
     fn hash(number: u64) -> u64 {
         xxh3_64(&number.to_le_bytes())
@@ -832,6 +957,7 @@ mod tests {
         Remove(u64, u64),
         Relocate(u64, u64),
         Visit(usize),
+        Shrink(usize),
         Clear,
     }
 
@@ -844,6 +970,7 @@ mod tests {
             3 => range.clone().prop_map(|(first, count)| Op::Remove(first, count)),
             2 => range.prop_map(|(first, count)| Op::Relocate(first, count / 8)),
             8 => (1..400usize).prop_map(Op::Visit),
+            4 => (1..50usize).prop_map(Op::Shrink),
             1 => Just(Op::Clear),
         ]
     }
@@ -896,7 +1023,7 @@ mod tests {
                             continue;
                         }
                         let location = at(key);
-                        match index.insert(hash(key), location, hash_of) {
+                        match index.insert(hash(key), location, &hash_of) {
                             Ok(position) => {
                                 prop_assert_eq!(index.location(position), location);
                                 model.insert(key, location);
@@ -925,6 +1052,11 @@ mod tests {
                         if cursor == 0 {
                             prop_assert!(staying.is_subset(&seen));
                         }
+                    }
+                    Op::Shrink(steps) => {
+                        (0..steps).for_each(|_| _ = index.shrink(&hash_of));
+                        // The walk may miss some now.
+                        staying.clear();
                     }
                     Op::Clear => {
                         let mut freed = HashSet::new();
@@ -959,7 +1091,9 @@ mod tests {
         for number in 0..count {
             let (announced, before) = (index.growth_bytes(hash(number)), index.bytes());
             index
-                .insert(hash(number), at(number), |_| panic!("the slots suffice"))
+                .insert(hash(number), at(number), &|_: Location| -> u64 {
+                    panic!("the slots suffice")
+                })
                 .unwrap();
             unannounced += usize::from(index.bytes() - before > announced);
             assert!(announced > 0 || index.bytes() == before);
@@ -994,6 +1128,56 @@ mod tests {
         }
     }
 
+    /// From millions to few, in steps: everything is findable, and memory comes back.
+    #[test]
+    fn shrinks_and_loses_nothing() {
+        let count = if cfg!(miri) { 4_000 } else { 1_000_000 };
+        let mut index = Index::new().unwrap();
+        for number in 0..count {
+            index
+                .insert(hash(number), at(number), &|_: Location| -> u64 {
+                    panic!("the slots suffice")
+                })
+                .unwrap();
+        }
+        assert!(!index.is_sparse());
+        let mut left = count;
+        while left > 1000 {
+            for number in left / 3..left {
+                let position = index
+                    .find(hash(number), |location| location.number() == number)
+                    .unwrap();
+                index.remove(position);
+            }
+            left /= 3;
+            let mut steps = 0;
+            while index.is_sparse() {
+                index.shrink(&|_: Location| -> u64 { panic!("the slots suffice") });
+                steps += 1;
+                assert!(steps < 2 * count, "it stays sparse at {left}: {} bytes", index.bytes());
+            }
+            check(&index);
+            for number in 0..left {
+                assert!(
+                    index
+                        .find(hash(number), |location| location.number() == number)
+                        .is_some()
+                );
+            }
+        }
+        assert!(index.segment_bytes <= left as usize * SPARSE_BYTES_PER_ITEM + SPARSE_BYTES_MIN);
+        // And grows again.
+        for number in left..count {
+            index
+                .insert(hash(number), at(number), &|_: Location| -> u64 {
+                    panic!("the slots suffice")
+                })
+                .unwrap();
+        }
+        check(&index);
+        assert!(index.bytes() <= count as usize * 19 / 2 + SPARSE_BYTES_MIN);
+    }
+
     /// Splits past the bits that a slot keeps: it asks for hashes, but only once in many splits.
     #[test]
     fn splits_on_hash_bits_that_the_slots_do_not_keep() {
@@ -1002,11 +1186,34 @@ mod tests {
         let mut index = Index::new().unwrap();
         let count = 5_000;
         for number in 0..count {
-            let counting = |location| {
+            let counting = |location: Location| {
                 asked.set(asked.get() + 1);
                 hash_of(location)
             };
-            index.insert(hash_of(at(number)), at(number), counting).unwrap();
+            index.insert(hash_of(at(number)), at(number), &counting).unwrap();
+        }
+        check(&index);
+        for number in 0..count {
+            assert!(
+                index
+                    .find(hash_of(at(number)), |location| location.number() == number)
+                    .is_some()
+            );
+        }
+        // Merged again, past the same bits, and grown once more.
+        for number in 50..count {
+            let position = index
+                .find(hash_of(at(number)), |location| location.number() == number)
+                .unwrap();
+            index.remove(position);
+        }
+        for _ in 0..100 {
+            index.shrink(&hash_of);
+            check(&index);
+        }
+        assert!(index.segment_bytes <= 40 * BUCKETS_MIN * 64, "{}", index.segment_bytes);
+        for number in 50..count {
+            index.insert(hash_of(at(number)), at(number), &hash_of).unwrap();
         }
         check(&index);
         for number in 0..count {
@@ -1027,13 +1234,15 @@ mod tests {
     #[test]
     fn equal_hashes_end_in_an_error() {
         let mut index = Index::new().unwrap();
-        let oks = (0..60).filter(|n| index.insert(0, at(*n), |_| 0).is_ok()).count();
+        let oks = (0..60)
+            .filter(|n| index.insert(0, at(*n), &|_: Location| -> u64 { 0 }).is_ok())
+            .count();
         assert_eq!(oks, DISTANCES.len() * SLOTS);
         check(&index);
         for number in 0..oks as u64 {
             assert!(index.find(0, |location| location.number() == number).is_some());
         }
-        assert!(index.insert(hash(1), at(77), |_| 0).is_ok());
+        assert!(index.insert(hash(1), at(77), &|_: Location| -> u64 { 0 }).is_ok());
         assert!(index.find(hash(1), |location| location.number() == 77).is_some());
     }
 
@@ -1043,7 +1252,9 @@ mod tests {
         let mut index = Index::new().unwrap();
         let count = if cfg!(miri) { 500 } else { 100_000 };
         for number in 0..count {
-            index.insert(hash(number), at(number), |_| unreachable!()).unwrap();
+            index
+                .insert(hash(number), at(number), &|_: Location| -> u64 { unreachable!() })
+                .unwrap();
             index.prefetch_bucket(hash(number));
         }
         let right = (0..count).filter(|n| index.likely(hash(*n)) == Some(at(*n))).count();
