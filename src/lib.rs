@@ -78,6 +78,18 @@ pub(crate) mod shards;
 pub(crate) mod store;
 pub(crate) mod txn;
 
+/// Entrances for fuzzing.
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing {
+    /// Does to a shard's table what `data` says, beside a model of it.
+    ///
+    /// # Panics
+    /// When the two differ.
+    pub fn store(data: &[u8]) {
+        crate::store::model::check(data);
+    }
+}
+
 /// The messages of the protobuf protocol, as `proto/memkv.proto` defines them.
 pub mod proto {
     #![allow(missing_docs, reason = "generated; the definitions carry the comments")]

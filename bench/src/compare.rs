@@ -1,7 +1,7 @@
 //! Several servers under the same load, in turn and repeatedly, and what they need for it.
 
 use crate::driver::{self, RunConfig};
-use crate::report::{DISTURBED, ErrorReport, QUEUED, Report, describe, grouped};
+use crate::report::{DISTURBED, ErrorReport, QUEUED, Report, describe, grouped, median, write_table};
 use crate::servers::Server;
 use serde::Serialize;
 use std::fmt::Write;
@@ -272,18 +272,6 @@ pub fn compare(
     })
 }
 
-/// The median; `None` of nothing.
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        n if n % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
-    }
-}
-
 fn row(server: &Server, pipeline: usize, reports: &[Report]) -> Row {
     let of = |f: &dyn Fn(&Report) -> f64| median(reports.iter().map(f)).unwrap_or(0.0);
     let of_server = |f: &dyn Fn(&crate::process::ServerUse) -> Option<f64>| {
@@ -413,21 +401,6 @@ const OPEN: [Column; 12] = [
     ("gen.", |r| percent(Some(r.generator_busiest_share))),
 ];
 
-/// Writes rows of cells under their headings, each column as wide as it needs to be; the first is flush left.
-fn write_table(out: &mut String, table: &[Vec<String>]) -> std::fmt::Result {
-    for cells in table {
-        for (i, cell) in cells.iter().enumerate() {
-            let width = table.iter().map(|row| row[i].len()).max().unwrap_or(0);
-            match i {
-                0 => write!(out, "{cell:<width$}")?,
-                _ => write!(out, "  {cell:>width$}")?,
-            }
-        }
-        writeln!(out)?;
-    }
-    Ok(())
-}
-
 impl Comparison {
     /// Whether every run went as it should.
     pub fn is_clean(&self) -> bool {
@@ -525,13 +498,6 @@ impl Comparison {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median([].into_iter()), None);
-        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
-        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), Some(2.5));
-    }
 
     fn row(name: &str, throughput: f64, cpu: Option<f64>, p99_9_us: f64) -> Row {
         Row {

@@ -1,10 +1,13 @@
-//! A load generator for key-value servers on loopback, made of parts that can be tested.
+//! A load generator for key-value servers on loopback, and for the engine of one of them without a server, made of parts that
+//! can be tested.
 
 pub mod compare;
 pub mod driver;
 pub mod echo;
 pub mod hdr;
+pub mod inside;
 pub mod io;
+pub mod memory;
 pub mod plot;
 pub mod process;
 pub mod protocol;

@@ -6,11 +6,13 @@
 use clap::{Args, Parser, Subcommand};
 use memkv_bench::compare::{Pace, Plan, compare};
 use memkv_bench::driver::{self, RunConfig, View};
+use memkv_bench::inside::{growth, hit_ratio, lookup};
 use memkv_bench::io::Engine;
-use memkv_bench::process::{end_request, parse_cpus, pin, raise_file_limit};
+use memkv_bench::memory::{MemoryPlan, compare_memory, memory_mib};
+use memkv_bench::process::{end_request, leave_huge_pages_out, parse_cpus, pin, raise_file_limit};
 use memkv_bench::protocol::ProtocolName;
 use memkv_bench::report::{Report, grouped};
-use memkv_bench::servers::{Server, known, read_targets};
+use memkv_bench::servers::{MEMORY_MIB, Server, known, read_targets};
 use memkv_bench::verify::{VerifyConfig, verify};
 use memkv_bench::worker::{Phase, VerifyValues};
 use memkv_bench::workload::{DistributionSpec, Ratio, SizeSpec, TxnSpec};
@@ -26,6 +28,9 @@ use std::time::{Duration, Instant};
 
 /// Exit code of a run that had errors, found mismatches or ended early.
 const UNCLEAN: u8 = 2;
+
+/// How long a server's memory must not have changed before it is noted.
+const STEADY: Duration = Duration::from_secs(3);
 
 /// Load generator for memkv-tpc, memcached and Redis
 ///
@@ -46,6 +51,8 @@ enum Task {
     Verify(VerifyArgs),
     /// Put the same load on several servers in turn and set the results side by side
     Compare(Box<CompareArgs>),
+    /// Measure the engine of one core of memkv-tpc inside this process, without network and kernel
+    Engine(Box<EngineArgs>),
     /// Be the server, and answer without storing anything: what the network path costs by itself
     ///
     /// Speaks as much of memcached's text protocol as this program needs, from one thread, until SIGTERM or SIGINT. Its
@@ -234,6 +241,10 @@ struct CompareArgs {
     /// Rounds; the table shows medians
     #[arg(long, value_name = "N", default_value_t = 3)]
     rounds: usize,
+    /// Compare resident memory instead: start each server in turn, write all keys, and see what it takes for them. Of what is
+    /// asked, only --keys, --key-size, --value-size and --seed count
+    #[arg(long, conflicts_with_all = ["against", "rate", "rate_of", "pipelines", "rounds", "txn", "ratio"])]
+    memory: bool,
     /// CPUs for the servers, such as 0 or 0-1
     #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
     server_cpu: Option<std::vec::Vec<usize>>,
@@ -243,6 +254,28 @@ struct CompareArgs {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct EngineArgs {
+    #[command(subcommand)]
+    what: EngineTask,
+    /// CPU to run on
+    #[arg(long, value_name = "N", global = true)]
+    cpu: Option<usize>,
+    /// Print the result as JSON
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum EngineTask {
+    /// Insert keys and measure each insertion: the longest of them, by wall time and by CPU time, and the memory
+    Growth(growth::Growth),
+    /// Look keys up: the cost by the number of keys, with looking ahead across a pipeline and without
+    Lookup(lookup::Lookup),
+    /// Serve as a cache with room for a part of the keys, beside policies by the book: hit ratios, and what eviction costs
+    HitRatio(hit_ratio::HitRatio),
 }
 
 #[derive(Debug, Args)]
@@ -299,6 +332,7 @@ fn main() -> ExitCode {
         Task::Run(args) => run(*args),
         Task::Verify(args) => run_verify(&args),
         Task::Compare(args) => run_compare(*args),
+        Task::Engine(args) => run_engine(&args),
         Task::Echo(args) => run_echo(&args),
     };
     match result {
@@ -485,6 +519,54 @@ fn run_verify(args: &VerifyArgs) -> Result<bool, String> {
     Ok(report.is_clean())
 }
 
+fn run_engine(args: &EngineArgs) -> Result<bool, String> {
+    if let Some(cpu) = args.cpu {
+        pin(&[cpu]).map_err(|e| format!("cannot run on CPU {cpu}: {e}; name another with --cpu"))?;
+    }
+    leave_huge_pages_out();
+    let mut live = Live::new();
+    match &args.what {
+        EngineTask::Growth(config) => {
+            let report = growth::run(config, &mut |what| live.show(what))?;
+            live.finish(args.json, &report, || report.text())
+        }
+        EngineTask::Lookup(config) => {
+            let report = lookup::run(config, &mut |what| live.show(what))?;
+            live.finish(args.json, &report, || report.text())
+        }
+        EngineTask::HitRatio(config) => {
+            let report = hit_ratio::run(config, &mut |what| live.show(what))?;
+            live.finish(args.json, &report, || report.text())
+        }
+    }?;
+    Ok(true)
+}
+
+/// A line on a terminal that tells what is going on, until the result stands there.
+struct Live(bool);
+
+impl Live {
+    fn new() -> Self {
+        Live(std::io::stderr().is_terminal())
+    }
+
+    fn show(&mut self, what: &str) {
+        if self.0 {
+            eprint!("\r\x1b[K{what}");
+        }
+    }
+
+    /// Prints the result.
+    fn finish(&mut self, json: bool, result: &impl Serialize, text: impl Fn() -> String) -> Result<(), String> {
+        self.show("");
+        if json {
+            return print_json(result);
+        }
+        print!("{}", text());
+        Ok(())
+    }
+}
+
 fn run_echo(args: &EchoArgs) -> Result<bool, String> {
     if let Some(cpu) = args.cpu {
         pin(&[cpu]).map_err(|e| format!("cannot run on CPU {cpu}: {e}; name another with --cpu"))?;
@@ -520,8 +602,18 @@ fn run_compare(args: CompareArgs) -> Result<bool, String> {
         ));
     }
     specs.retain(|spec| args.only.is_empty() || args.only.contains(&spec.name));
+    let generator_cpu = args.generator_cpu.unwrap_or_default();
+    let base = RunConfig {
+        cpus: generator_cpu.clone(),
+        ..config(&args.load, &args.work, None)?
+    };
+    let memory_mib = if args.memory {
+        memory_mib(&base, MEMORY_MIB)?
+    } else {
+        MEMORY_MIB
+    };
     for name in &args.with {
-        specs.push(known(name)?);
+        specs.push(known(name, memory_mib)?);
     }
     if specs.is_empty() {
         return Err("there is nothing to compare; name servers with --with memcached,redis or --targets FILE".into());
@@ -529,41 +621,37 @@ fn run_compare(args: CompareArgs) -> Result<bool, String> {
     if args.rounds == 0 || args.pipelines.is_empty() || args.pipelines.contains(&0) {
         return Err("--rounds and --pipelines must be at least 1".into());
     }
-    let (server_cpu, generator_cpu) = (
-        args.server_cpu.unwrap_or_default(),
-        args.generator_cpu.unwrap_or_default(),
-    );
+    let server_cpu = args.server_cpu.unwrap_or_default();
     if let Some(cpu) = server_cpu.iter().find(|cpu| generator_cpu.contains(cpu)) {
         return Err(format!(
             "CPU {cpu} is given to the servers and to the generator; each needs CPUs of its own"
         ));
     }
-    let base = RunConfig {
-        cpus: generator_cpu,
-        ..config(&args.load, &args.work, None)?
-    };
+    let mut live = Live::new();
+    if args.memory {
+        let plan = MemoryPlan {
+            base: RunConfig {
+                // Deep, as nothing but the result counts.
+                pipeline: 64,
+                ..base
+            },
+            server_cpus: server_cpu,
+            steady: STEADY,
+        };
+        let comparison = compare_memory(&specs, &plan, &mut |what| live.show(what))?;
+        live.finish(args.json, &comparison, || comparison.text())?;
+        return Ok(true);
+    }
     let servers: Result<Vec<Server>, String> = specs.iter().map(|spec| Server::launch(spec, &server_cpu)).collect();
     let servers = servers?;
     pin_generator(&base.cpus)?;
-    let live = std::io::stderr().is_terminal();
     let plan = Plan {
         pipelines: args.pipelines,
         rounds: args.rounds,
         pace: args.rate_of.or(args.rate.map(Pace::Rate)).unwrap_or(Pace::Closed),
         against: args.against,
     };
-    let comparison = compare(&servers, &base, &plan, &mut |what| {
-        if live {
-            eprint!("\r\x1b[K{what}");
-        }
-    })?;
-    if live {
-        eprint!("\r\x1b[K");
-    }
-    if args.json {
-        print_json(&comparison)?;
-    } else {
-        print!("{}", comparison.text());
-    }
+    let comparison = compare(&servers, &base, &plan, &mut |what| live.show(what))?;
+    live.finish(args.json, &comparison, || comparison.text())?;
     Ok(comparison.is_clean())
 }

@@ -144,6 +144,32 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     Some(pages * u64::try_from(page).unwrap_or(4096))
 }
 
+/// CPU time that the calling thread has used, in nanoseconds, in user mode and in the kernel. A system call: it costs some
+/// hundred nanoseconds.
+///
+/// Interrupts that are served on the thread's CPU count, and so may time that a hypervisor gives to others.
+pub fn thread_cpu_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a valid timespec on the stack. The clock exists on every Linux, so the call cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Memory that processes may still take without others being pressed, in bytes; `None` if unknown.
+pub fn available_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Has the system leave huge pages out in this process, as memkv-tpc does in its own: what is measured of its engine here
+/// would otherwise take other memory, and other times, than in the server.
+pub fn leave_huge_pages_out() {
+    // SAFETY: a flag of the process, no pointers. A system that does not know it has no such pages either.
+    unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+}
+
 /// The number of CPUs a process may run on; 0 if unknown.
 fn allowed_cpus(pid: u32) -> usize {
     // SAFETY: cpu_set_t is plain integers, for which zeroes are valid; the pointer is to one on the stack.
@@ -332,6 +358,16 @@ mod tests {
         let line = "42 (a) b) (c) S 1 2 3 4 5 6 7 8 9 10 150 50 0 0 20 0 1 0";
         assert_eq!(cpu_ns(line), Some(200 * tick_ns()));
         assert_eq!(cpu_ns("nothing"), None);
+    }
+
+    #[test]
+    fn cpu_time_of_a_thread_passes() {
+        let before = thread_cpu_ns();
+        let mut x = 1u64;
+        while thread_cpu_ns() < before + 1_000_000 {
+            x = std::hint::black_box(crate::workload::mix(x));
+        }
+        assert!(available_bytes().is_none_or(|bytes| bytes > 0));
     }
 
     #[test]

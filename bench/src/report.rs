@@ -592,6 +592,38 @@ fn series(outcome: &Outcome) -> Vec<Point> {
         .collect()
 }
 
+/// The median; `None` of nothing.
+pub fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}
+
+/// Writes rows of cells under their headings, all of the same length, each column as wide as it needs to be; the first is
+/// flush left.
+///
+/// # Errors
+///
+/// None: writing to a string cannot fail.
+pub fn write_table(out: &mut String, table: &[Vec<String>]) -> std::fmt::Result {
+    for cells in table {
+        for (i, cell) in cells.iter().enumerate() {
+            let width = table.iter().map(|row| row[i].len()).max().unwrap_or(0);
+            match i {
+                0 => write!(out, "{cell:<width$}")?,
+                _ => write!(out, "  {cell:>width$}")?,
+            }
+        }
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
 /// A whole number with commas between groups of three digits.
 pub fn grouped(n: f64) -> String {
     let digits = format!("{:.0}", n.abs());
@@ -680,6 +712,13 @@ mod tests {
         assert!(!bottleneck(0.99, 0.0, 0.5, Some(0.5), false), "it spun");
         assert!(!bottleneck(0.5, 0.0, 0.0, Some(0.5), false));
         assert!(bottleneck(0.5, 0.48, 0.0, Some(0.5), false), "others had its CPU");
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median([].into_iter()), None);
+        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
+        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), Some(2.5));
     }
 
     #[test]

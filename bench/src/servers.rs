@@ -91,18 +91,21 @@ fn parse_targets(text: &str) -> Result<Vec<ServerSpec>, String> {
 /// Servers this program knows how to start.
 pub const KNOWN: [&str; 2] = ["memcached", "redis"];
 
-/// The description of a known server.
+/// What memcached may use for items unless a load needs more, in MiB.
+pub const MEMORY_MIB: u64 = 4096;
+
+/// The description of a known server, which may use so many MiB for items if it is one that has to be told.
 ///
 /// # Errors
 ///
 /// A sentence naming cause and remedy when it is unknown or not installed.
-pub fn known(name: &str) -> Result<ServerSpec, String> {
+pub fn known(name: &str, memory_mib: u64) -> Result<ServerSpec, String> {
     // SAFETY: the call takes nothing and cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
     let (program, protocol, command) = match name {
         "memcached" => {
             let user = if root { " -u nobody" } else { "" };
-            let command = format!("memcached -t 1 -U 0 -l 127.0.0.1 -p {{port}} -m 4096 -c 4096{user}");
+            let command = format!("memcached -t 1 -U 0 -l 127.0.0.1 -p {{port}} -m {memory_mib} -c 4096{user}");
             ("memcached", ProtocolName::Memcached, command)
         }
         "redis" => {

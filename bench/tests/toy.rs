@@ -892,7 +892,7 @@ fn servers_are_compared() {
 #[test]
 fn a_server_started_here_ends_here() {
     // Needs a real program; where there is none, there is nothing to test.
-    let Ok(spec) = known("memcached") else { return };
+    let Ok(spec) = known("memcached", 64) else { return };
     let server = Server::launch(&spec, &[]).unwrap();
     let (address, pid) = (server.address, server.pid.unwrap());
     assert!(std::path::Path::new(&format!("/proc/{pid}")).exists());

@@ -599,12 +599,8 @@ impl Index {
         (class..CLASSES).find_map(|class| {
             let new = Segment::allocate(class, old.base())?;
             // SAFETY: freshly allocated and not shared.
-            if fill(
-                unsafe { &mut *new.buckets() },
-                &mut none_used(),
-                self.buckets(old),
-                &belongs,
-            ) {
+            let buckets = unsafe { &mut *new.buckets() };
+            if fill(buckets, &mut none_used(), self.buckets(old), &belongs) {
                 return Some(new);
             }
             // SAFETY: it is nowhere else.

@@ -187,7 +187,7 @@ impl Machine {
     fn get(&mut self, a: u8, b: u8) {
         if let Some(position) = self.find(&Self::key(a)) {
             self.store.mark_access(position, self.now.seconds());
-            if b % 2 == 0
+            if b.is_multiple_of(2)
                 && let Value::Large(value) = self.store.item(position).value()
             {
                 self.held.push(value.clone());
