@@ -50,6 +50,8 @@ pub struct RunConfig {
     pub distribution: DistributionSpec,
     /// Whether every key is written first.
     pub preload: bool,
+    /// When all that is written expires, in Unix seconds; 0: never.
+    pub expires_s: u32,
     /// How strictly values are compared.
     pub verify: VerifyValues,
     /// Time before the measured window.
@@ -203,7 +205,14 @@ fn check_protocol<P: Protocol>(config: &RunConfig) -> Result<Population, String>
     if let Some(txn) = config.txn {
         check_txn::<P>(config, txn)?;
     }
+    if config.expires_s > 0 && !P::EXPIRY {
+        let name = P::NAME;
+        return fail(format!(
+            "--expire-in: for the protocol {name} this tool cannot ask for it; use memcached or redis"
+        ));
+    }
     let population = Population::new(config.keys, config.key_size, config.value_size, config.seed)?;
+    let population = population.expiring(config.expires_s);
     let (key, (value_min, value)) = (population.max_key_size(), population.value_size_range());
     if key > P::MAX_KEY {
         let (size, name, max) = (config.key_size, P::NAME, P::MAX_KEY);

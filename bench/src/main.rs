@@ -24,7 +24,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Exit code of a run that had errors, found mismatches or ended early.
 const UNCLEAN: u8 = 2;
@@ -172,6 +172,9 @@ struct WorkArgs {
     /// Write every key before the workload
     #[arg(long)]
     preload: bool,
+    /// Have everything that is written expire in the same second, this long after the beginning (memcached and redis)
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    expire_in: Option<Duration>,
     /// How much of a value is compared with what was written
     #[arg(long, value_enum, default_value = "prefix")]
     verify_values: VerifyValues,
@@ -381,6 +384,9 @@ fn config(load: &LoadArgs, work: &WorkArgs, count: Option<u64>) -> Result<RunCon
         value_size: work.value_size,
         distribution: work.distribution,
         preload: work.preload,
+        expires_s: work
+            .expire_in
+            .map_or(0, |after| unix_seconds(SystemTime::now() + after)),
         verify: work.verify_values,
         warmup: load.warmup,
         duration,
@@ -393,6 +399,12 @@ fn config(load: &LoadArgs, work: &WorkArgs, count: Option<u64>) -> Result<RunCon
         timeout: load.timeout,
         spin: load.spin,
     })
+}
+
+/// Unix seconds, as far as 32 bits reach.
+fn unix_seconds(moment: SystemTime) -> u32 {
+    let since = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u32::try_from(since.as_secs()).unwrap_or(u32::MAX)
 }
 
 /// Ties this thread to the generator's CPUs too, so that it does not run where the server does.

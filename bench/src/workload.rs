@@ -549,6 +549,7 @@ pub struct Value<'a> {
     head: [u8; 8],
     head_len: usize,
     body: &'a [u8],
+    expires_s: u32,
 }
 
 impl<'a> Value<'a> {
@@ -558,7 +559,14 @@ impl<'a> Value<'a> {
             head: [0; 8],
             head_len: 0,
             body: bytes,
+            expires_s: 0,
         }
+    }
+
+    /// When the item is to expire, in Unix seconds; 0: never.
+    #[inline(always)]
+    pub fn expires_s(&self) -> u32 {
+        self.expires_s
     }
 
     /// Length in bytes.
@@ -607,6 +615,7 @@ pub struct Population {
     value_sizes: Sizes,
     template: Box<[u8]>,
     pool: Box<[u8]>,
+    expires_s: u32,
 }
 
 impl Population {
@@ -650,7 +659,14 @@ impl Population {
             value_sizes,
             template,
             pool,
+            expires_s: 0,
         })
+    }
+
+    /// The same, all of which is to expire at this Unix second.
+    #[must_use]
+    pub fn expiring(self, expires_s: u32) -> Self {
+        Self { expires_s, ..self }
     }
 
     /// How many keys there are.
@@ -717,6 +733,7 @@ impl Population {
             head: head.to_ne_bytes(),
             head_len,
             body: &self.pool[offset..offset + len - head_len],
+            expires_s: self.expires_s,
         }
     }
 }

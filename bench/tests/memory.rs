@@ -57,6 +57,7 @@ fn plan(keys: u64, value_size: SizeSpec) -> MemoryPlan {
             value_size,
             distribution: DistributionSpec::Uniform,
             preload: false,
+            expires_s: 0,
             verify: VerifyValues::Off,
             warmup: Duration::from_secs(60),
             duration: Duration::from_millis(1),

@@ -333,6 +333,7 @@ fn config(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
         value_size: SizeSpec::Range(1, 3000),
         distribution: DistributionSpec::Uniform,
         preload: true,
+        expires_s: 0,
         verify: VerifyValues::Full,
         warmup: Duration::from_millis(20),
         duration: Duration::from_millis(200),

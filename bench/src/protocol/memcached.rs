@@ -13,6 +13,7 @@ pub struct Memcached;
 impl Protocol for Memcached {
     const NAME: &'static str = "memcached";
     const MAX_KEY: usize = 250;
+    const EXPIRY: bool = true;
 
     #[inline(always)]
     fn get(out: &mut Vec<u8>, key: &[u8]) {
@@ -25,7 +26,9 @@ impl Protocol for Memcached {
     fn set(out: &mut Vec<u8>, key: &[u8], value: &Value<'_>) {
         out.extend_from_slice(b"set ");
         out.extend_from_slice(key);
-        out.extend_from_slice(b" 0 0 ");
+        out.extend_from_slice(b" 0 ");
+        push_decimal(out, value.expires_s() as usize);
+        out.push(b' ');
         push_decimal(out, value.len());
         out.extend_from_slice(b"\r\n");
         value.append_to(out);

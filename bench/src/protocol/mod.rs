@@ -191,6 +191,8 @@ pub trait Protocol: Copy + Send + 'static {
     const MAX_KEY: usize = usize::MAX;
     /// Whether values are text: not empty, UTF-8, without line feeds, and without blanks and CRs at their ends.
     const TEXT_VALUES: bool = false;
+    /// Whether `set` obeys [`Value::expires_s`].
+    const EXPIRY: bool = false;
 
     /// Appends a request to read `key`.
     fn get(out: &mut Vec<u8>, key: &[u8]);

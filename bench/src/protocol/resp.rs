@@ -21,6 +21,7 @@ fn bulk(out: &mut Vec<u8>, bytes: &[u8]) {
 
 impl Protocol for Resp {
     const NAME: &'static str = "resp";
+    const EXPIRY: bool = true;
 
     #[inline(always)]
     fn get(out: &mut Vec<u8>, key: &[u8]) {
@@ -30,13 +31,19 @@ impl Protocol for Resp {
 
     #[inline(always)]
     fn set(out: &mut Vec<u8>, key: &[u8], value: &Value<'_>) {
-        out.extend_from_slice(b"*3\r\n$3\r\nSET\r\n");
+        let expires = value.expires_s() > 0;
+        out.extend_from_slice(if expires { b"*5" } else { b"*3" });
+        out.extend_from_slice(b"\r\n$3\r\nSET\r\n");
         bulk(out, key);
         out.push(b'$');
         push_decimal(out, value.len());
         out.extend_from_slice(b"\r\n");
         value.append_to(out);
         out.extend_from_slice(b"\r\n");
+        if expires {
+            bulk(out, b"EXAT");
+            bulk(out, value.expires_s().to_string().as_bytes());
+        }
     }
 
     #[inline(always)]
@@ -158,6 +165,7 @@ fn is_error(line: &[u8]) -> bool {
 mod tests {
     use super::super::tests::{at_all_sizes, multi_at_all_sizes};
     use super::*;
+    use crate::workload::{Population, SizeSpec};
 
     #[test]
     fn replies_at_all_fragment_sizes() {
@@ -175,6 +183,17 @@ mod tests {
         for command in [Command::Get, Command::Set, Command::Delete] {
             at_all_sizes::<Resp>(command, 3, b"-OOM too much\r\n", Reply::Refused(b"-OOM too much"));
         }
+    }
+
+    #[test]
+    fn expiry_is_asked_for() {
+        let value = Population::new(1, SizeSpec::Fixed(1), SizeSpec::Fixed(3), 1)
+            .unwrap()
+            .expiring(77);
+        let mut out = Vec::new();
+        Resp::set(&mut out, b"k", &value.value(0));
+        assert!(out.starts_with(b"*5\r\n$3\r\nSET\r\n$1\r\nk\r\n$3\r\n"));
+        assert!(out.ends_with(b"\r\n$4\r\nEXAT\r\n$2\r\n77\r\n"));
     }
 
     #[test]
