@@ -143,6 +143,11 @@ impl Budget {
         std::mem::replace(&mut self.unlimited, on)
     }
 
+    /// Bytes that this core may still charge; below 0 when more is charged than the limit allows.
+    pub fn room(&self) -> i64 {
+        self.pool.room() + self.spare as i64
+    }
+
     /// Bytes charged on this core.
     pub fn charged(&self) -> u64 {
         self.charged

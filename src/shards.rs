@@ -23,7 +23,7 @@ const RESERVE_YIELDS_MAX: usize = 4096;
 
 /// Too little memory is ready, and this core is one of those that have the most of it.
 fn wants_room(budget: &Budget, cores: u64, value_bytes_max: usize) -> bool {
-    let (limit, room) = (budget.pool().limit(), budget.pool().room());
+    let (limit, room) = (budget.pool().limit(), budget.room());
     let ready = (limit / READY_SHARE).max((2 * value_bytes_max as u64).min(limit / READY_SHARE_MAX));
     let charged = limit.saturating_sub(u64::try_from(room).unwrap_or(0));
     room < ready as i64 && budget.charged() >= charged / cores / 16 * 15
@@ -171,11 +171,8 @@ impl Shards {
         self.work(entries as usize, now, counters);
     }
 
-    /// Goes on with work that needs no request; true when there is more.
-    pub(crate) fn go_on(&mut self, now: UnixMillis, counters: &mut Counters) -> bool {
-        if self.busy {
-            self.work(EXPIRE_PER_MS as usize, now, counters);
-        }
+    /// There is more work that time brings than was done.
+    pub(crate) fn is_busy(&self) -> bool {
         self.busy
     }
 

@@ -473,7 +473,7 @@ impl Store {
             self.recharge_order(budget);
             // Others make place for that, and for whatever else was charged above the limit.
             let mut evicted = 0;
-            while budget.pool().room() < 0 && self.make_room(budget, Some(position), &mut evicted).is_ok() {}
+            while budget.room() < 0 && self.make_room(budget, Some(position), &mut evicted).is_ok() {}
         }
         Ok(position)
     }
@@ -625,6 +625,7 @@ impl Store {
         }
         let mut items = std::mem::take(&mut self.chosen);
         let block = self.memory.loose_block(urgently, &mut items);
+        items.iter().for_each(|item| self.prefetch_bucket(self.hash_at(*item)));
         for from in items.drain(..) {
             let bytes = self.memory.slot_bytes_at(from);
             let (Some(position), Some(to)) = (self.position_of(from), self.memory.allocate(budget, bytes)) else {

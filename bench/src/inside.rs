@@ -88,7 +88,7 @@ impl Core {
             self.engine.sent(id, self.replies.len() - before);
         }
         self.engine.end_turn(self.began.elapsed().as_nanos() as u64 + 1);
-        // A server asks before it sleeps, and comes again at once if there is.
+        // A server asks before it sleeps.
         black_box(self.engine.has_background_work());
     }
 

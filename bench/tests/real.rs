@@ -67,6 +67,7 @@ fn config(protocol: ProtocolName, target: SocketAddr) -> RunConfig {
         value_size: SizeSpec::Range(0, 3000),
         distribution: DistributionSpec::Uniform,
         preload: true,
+        expires_s: 0,
         verify: VerifyValues::Full,
         warmup: Duration::from_millis(20),
         duration: Duration::from_millis(200),
@@ -210,6 +211,7 @@ fn several_entries_are_set_at_once() {
             ratio: "0:1:0".parse().unwrap(),
             multi_set: 10,
             preload: false,
+            expires_s: 0,
             route,
             ..small(ProtocolName::Protobuf, address)
         });
@@ -229,6 +231,7 @@ fn several_entries_are_set_at_once() {
     // What they wrote is what belongs to the keys.
     let report = run(&RunConfig {
         preload: false,
+        expires_s: 0,
         ..small(ProtocolName::Protobuf, address)
     });
     assert!(report.is_clean() && report.hits > 0, "{}", report.text());
@@ -287,6 +290,7 @@ fn transactions_on_the_same_keys_are_tried_again() {
         threads: 1,
         pipeline: 2,
         preload: false,
+        expires_s: 0,
         count: Some(200),
         duration: Duration::from_secs(60),
         ..small(ProtocolName::Protobuf, address)

@@ -259,9 +259,18 @@ impl Net {
         self.enter(0);
     }
 
-    /// The same, and waits until something has completed: a byte, a connection, the doorbell, or the next tick.
-    pub(super) fn wait(&mut self) {
-        self.enter(1);
+    /// The same, and waits until something has completed: a byte, a connection, the doorbell, or the next tick; no longer
+    /// than `most`.
+    pub(super) fn wait(&mut self, most: Option<Duration>) {
+        let Some(most) = most else { return self.enter(1) };
+        self.arm();
+        let most = types::Timespec::from(most);
+        // As in `enter`; that the time is over is an error, too.
+        let _ = self
+            .ring
+            .submitter()
+            .submit_with_args(1, &types::SubmitArgs::new().timespec(&most));
+        self.harvest();
     }
 
     fn enter(&mut self, completions_min: u32) {

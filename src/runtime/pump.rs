@@ -100,6 +100,10 @@ impl Tidier {
     }
 }
 
+/// How often a core that has nothing else to do goes on with work that needs no request. It does not do so all the time:
+/// somebody else may need the CPU.
+const BACKGROUND_PERIOD: Duration = Duration::from_millis(1);
+
 /// How often the process looks at its own CPU time and memory, for statistics.
 const PROCESS_FACTS_PERIOD_NS: u64 = 1_000_000_000;
 
@@ -163,18 +167,18 @@ pub(super) async fn run(
         }
         glommio::yield_if_needed().await;
 
-        if is_quiet(&mut net, &mesh, &mut engine) {
+        if is_quiet(&mut net, &mesh, &engine) {
             let idle_since_ns = clock.now_ns();
             let mut quiet = true;
             while quiet && spin.now_ns > 0 && clock.now_ns() - idle_since_ns < spin.now_ns {
                 net.turn();
-                quiet = is_quiet(&mut net, &mesh, &mut engine);
+                quiet = is_quiet(&mut net, &mesh, &engine);
             }
             if quiet {
                 tidier.idle(&mut engine, now_ns);
                 mesh.fall_asleep();
-                if is_quiet(&mut net, &mesh, &mut engine) && stopping.is_none() {
-                    net.wait();
+                if is_quiet(&mut net, &mesh, &engine) && stopping.is_none() {
+                    net.wait(engine.has_background_work().then_some(BACKGROUND_PERIOD));
                 }
                 mesh.wake_up();
             }
@@ -189,8 +193,8 @@ pub(super) async fn run(
     }
 }
 
-fn is_quiet(net: &mut Net, mesh: &Mesh, engine: &mut Engine) -> bool {
-    net.is_quiet() && mesh.is_quiet(engine) && !engine.has_background_work()
+fn is_quiet(net: &mut Net, mesh: &Mesh, engine: &Engine) -> bool {
+    net.is_quiet() && mesh.is_quiet(engine)
 }
 
 /// Gives a new connection to the core that has the fewest, unless it came to this one's own port; or refuses it.

@@ -187,7 +187,6 @@ impl Cluster {
         for (other, direction) in self.in_some_order(core) {
             self.deliver(other, core, direction);
         }
-        self.engines[core].has_background_work();
         if self.random.chance(1) {
             self.engines[core].free_spare_buffers();
         }

@@ -500,6 +500,14 @@ impl Simulation {
             }
             self.until(Self::turn, Self::is_quiet)?;
         }
+        // Memory comes back a piece at a time.
+        for _ in 0..100_000 {
+            if !self.cluster.engines.iter().any(Engine::has_background_work) {
+                break;
+            }
+            self.pass(1);
+            self.turn();
+        }
         Some(())
     }
 
