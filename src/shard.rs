@@ -431,7 +431,9 @@ impl Shard {
         context: &mut Context<'_>,
     ) -> Result<Position, OutOfMemory> {
         let written = self.store.write(context.budget, hash, old, parts);
-        self.count_evicted(context.counters);
+        if self.store.evicts() {
+            self.count_evicted(context.counters);
+        }
         match written {
             Ok(_) => context.counters.items_written += 1,
             Err(OutOfMemory) => context.counters.out_of_memory += 1,

@@ -156,6 +156,12 @@ impl Store {
         self.lingering_bytes
     }
 
+    /// At the memory limit items make place.
+    #[inline]
+    pub(crate) fn evicts(&self) -> bool {
+        self.eviction.is_some()
+    }
+
     /// What was evicted since this was last asked. `None`: nothing is ever evicted.
     pub(crate) fn take_evicted(&mut self) -> Option<Evicted> {
         self.eviction.as_mut().map(Eviction::take_evicted)
@@ -333,12 +339,14 @@ impl Store {
             && item.is_as_large_as(parts)
         {
             // The usual case.
-            let (had, standing, payload) = (item.deadline(), item.standing().used(), item.payload_bytes());
+            let (had, standing, value_len) = (item.deadline(), item.standing().used(), item.small_value_len());
             let location = self.index.location(position);
             // SAFETY: as in `overwrite`; there is no reference to take.
             unsafe { item::write(self.memory.address(location), parts, standing) };
-            self.payload_bytes = self.payload_bytes + parts.payload_bytes() - payload;
-            self.count_deadline(budget, hash, had, parts.deadline);
+            self.payload_bytes = self.payload_bytes + parts.value.bytes().len() - value_len;
+            if (had, parts.deadline) != (Deadline::Never, Deadline::Never) {
+                self.count_deadline(budget, hash, had, parts.deadline);
+            }
             return Ok(position);
         }
         let had = old.map_or(Deadline::Never, |position| self.item(position).deadline());
@@ -355,7 +363,6 @@ impl Store {
     }
 
     /// An item's deadline has changed; an item that is not there has none.
-    #[inline]
     fn count_deadline(&mut self, budget: &mut Budget, hash: u64, before: Deadline, after: Deadline) {
         self.with_deadline += usize::from(after != Deadline::Never);
         self.with_deadline -= usize::from(before != Deadline::Never);

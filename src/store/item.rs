@@ -214,7 +214,7 @@ fn key_offset(marks: u8) -> usize {
 /// # Safety
 /// `start` leads to `parts.bytes()` bytes of memory, begins at a multiple of 8 when the value is referenced, nothing refers
 /// to that memory, `parts` does not point into it, and a reference that it held was dropped.
-#[inline]
+#[inline(always)]
 pub(crate) unsafe fn write(start: NonNull<u8>, parts: &Parts<'_>, standing: Standing) {
     let marks = parts.marks();
     let start = start.as_ptr();
@@ -308,8 +308,9 @@ impl<'a> ItemRef<'a> {
         self.length(KEY_LENGTH_AT, self.marks() & LONG_KEY != 0)
     }
 
+    /// How many bytes the value has that the item holds itself.
     #[inline]
-    fn small_value_len(self) -> usize {
+    pub(crate) fn small_value_len(self) -> usize {
         let marks = self.marks();
         self.length(KEY_LENGTH_AT + 1 + has(marks, LONG_KEY), marks & LONG_VALUE != 0)
     }
