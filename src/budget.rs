@@ -3,27 +3,64 @@
 //! A core takes quota from the common pool in pieces of [`PIECE_BYTES`] and counts inside its piece without touching
 //! shared memory; it gives whole pieces back when it has more than two to spare. So the limit is one for all cores: a
 //! core that holds most of the data may use what the others leave, and the pool is touched once per megabyte.
+//!
+//! Data, which can be refused, may use the limit down to a reserve. Connections, whose bytes are there before anybody can say
+//! no, may use that too, and when it runs out there is a [`Shortage`]: they are held short until it is over. What is resident
+//! and was charged by nobody (code, stacks, what the allocator holds) is measured by the runtime and taken off the limit as
+//! well ([`Pool::set_other`]), so that the limit is that of the process, not of a sum of estimates.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 /// What a core takes from, and gives back to, the pool at a time.
 const PIECE_BYTES: u64 = 256 * 1024;
+/// A core tells the others of what it has charged when that has changed by more than this; of less, once in a while.
+const PUBLISH_BYTES: u64 = 64 * 1024;
 
-/// The bytes that no core has taken yet. May be negative after the limit was lowered.
+/// How short of memory the process is, as far as connections are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shortage {
+    /// It is not.
+    No,
+    /// Connections have used up half of what is kept for them: they get by with less.
+    Some,
+    /// Less than a quarter is left of it: none may grow.
+    Severe,
+}
+
+/// The bytes that no core has taken yet.
 #[derive(Debug)]
 pub struct Pool {
+    /// The limit without what cores have taken and without `other`. May be negative, for instance after the limit was lowered.
     free: AtomicI64,
+    /// So much of it is for connections only.
+    reserve: AtomicI64,
+    /// Freed since `other` was measured, and not yet part of `free`.
+    unmeasured: AtomicI64,
     limit: AtomicU64,
+    other: AtomicU64,
+    published: Published,
+}
+
+/// What the cores have said of themselves. By itself in memory: it is written to more often than what the hot path reads.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Published {
+    resident: AtomicI64,
+    connections: AtomicI64,
 }
 
 impl Pool {
-    /// A pool of `limit` bytes.
+    /// A pool of `limit` bytes, without a reserve.
     pub fn new(limit: u64) -> Arc<Self> {
         let limit = limit.min(i64::MAX as u64);
         Arc::new(Self {
             free: AtomicI64::new(limit as i64),
+            reserve: AtomicI64::new(0),
+            unmeasured: AtomicI64::new(0),
             limit: AtomicU64::new(limit),
+            other: AtomicU64::new(0),
+            published: Published::default(),
         })
     }
 
@@ -40,15 +77,95 @@ impl Pool {
         self.free.fetch_add(limit as i64 - before as i64, Ordering::Relaxed);
     }
 
-    /// Bytes that may still be charged; below 0 when more is charged than the limit allows.
+    /// Keeps so many bytes for connections: what can be refused gets nothing of them. Without such a reserve there is never a
+    /// [`Shortage`].
+    pub fn keep_for_connections(&self, bytes: u64) {
+        self.reserve.store(bytes.min(i64::MAX as u64) as i64, Ordering::Relaxed);
+    }
+
+    /// What is kept for connections, in bytes.
+    pub fn reserve(&self) -> u64 {
+        self.reserve.load(Ordering::Relaxed) as u64
+    }
+
+    /// Says how many bytes are resident that nobody has charged.
+    pub fn set_other(&self, bytes: u64) {
+        let bytes = bytes.min(i64::MAX as u64);
+        let freed = self.unmeasured.swap(0, Ordering::Relaxed);
+        let before = self.other.swap(bytes, Ordering::Relaxed);
+        self.free
+            .fetch_add(before as i64 - bytes as i64 + freed, Ordering::Relaxed);
+    }
+
+    /// So much was freed since [`Pool::set_other`] was called last that it should be called again soon.
+    #[inline]
+    pub fn is_to_measure(&self) -> bool {
+        self.unmeasured.load(Ordering::Relaxed) > self.reserve.load(Ordering::Relaxed) / 8
+    }
+
+    /// Bytes that are resident and that nobody has charged, as they were last measured.
+    pub fn other(&self) -> u64 {
+        self.other.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that the cores have charged and that are resident, as they last said.
+    pub fn resident(&self) -> u64 {
+        self.published.resident.load(Ordering::Relaxed).max(0) as u64
+    }
+
+    /// How many bytes data takes of the reserve, or would have to give up for the limit to be kept: 0 when all is well.
+    pub fn missing(&self) -> u64 {
+        (self.reserve.load(Ordering::Relaxed) - self.free.load(Ordering::Relaxed)).max(0) as u64
+    }
+
+    /// Data has little left, or nothing.
+    pub fn is_nearly_full(&self) -> bool {
+        let left = self.free.load(Ordering::Relaxed) - self.reserve.load(Ordering::Relaxed);
+        left < (self.limit() / 64) as i64
+    }
+
+    /// How short of memory connections are. What was freed a moment ago is as good as free, until it is known better: nobody is
+    /// sent away for it.
+    pub fn shortage(&self) -> Shortage {
+        let reserve = self.reserve.load(Ordering::Relaxed);
+        let free = self.free.load(Ordering::Relaxed) + self.unmeasured.load(Ordering::Relaxed);
+        if reserve == 0 || free >= reserve / 2 {
+            Shortage::No
+        } else if free >= reserve / 4 {
+            Shortage::Some
+        } else {
+            Shortage::Severe
+        }
+    }
+
+    /// Connections are short of memory.
+    pub fn is_short(&self) -> bool {
+        self.shortage() > Shortage::No
+    }
+
+    /// They are, and it is they who have used it up: further ones are to be refused. Where it is data, because the limit was
+    /// lowered, somebody must come in to make room.
+    pub fn is_full_of_connections(&self) -> bool {
+        self.is_short() && self.published.connections.load(Ordering::Relaxed) > self.reserve() as i64 / 4
+    }
+
+    /// There is room to copy so many bytes for a connection, without making the others short. Always, without a reserve.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        let reserve = self.reserve.load(Ordering::Relaxed);
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        reserve == 0 || self.free.load(Ordering::Relaxed).saturating_sub(bytes) >= reserve / 2
+    }
+
+    /// Bytes that data may still be charged with; below 0 when more is charged than the limit allows.
     pub fn room(&self) -> i64 {
-        self.free.load(Ordering::Relaxed)
+        self.free.load(Ordering::Relaxed) - self.reserve.load(Ordering::Relaxed)
     }
 
     fn take(&self, bytes: u64) -> bool {
+        let reserve = self.reserve.load(Ordering::Relaxed);
         self.free
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| {
-                (free >= bytes as i64).then(|| free - bytes as i64)
+                (free - reserve >= bytes as i64).then(|| free - bytes as i64)
             })
             .is_ok()
     }
@@ -62,6 +179,8 @@ pub struct Budget {
     spare: u64,
     charged: u64,
     unlimited: bool,
+    /// What this core said last: bytes charged and resident, and bytes of connections.
+    said: (i64, i64),
 }
 
 impl Budget {
@@ -72,10 +191,11 @@ impl Budget {
             spare: 0,
             charged: 0,
             unlimited: false,
+            said: (0, 0),
         }
     }
 
-    /// Charges `bytes`; false, and nothing charged, when the limit does not allow it.
+    /// Charges `bytes`; false, and nothing charged, when the limit does not allow it, or only out of the reserve.
     #[inline]
     pub fn charge(&mut self, bytes: usize) -> bool {
         let bytes = bytes as u64;
@@ -87,7 +207,8 @@ impl Budget {
         true
     }
 
-    /// Charges `bytes` even above the limit: for what must not fail, such as a version that a read asks for.
+    /// Charges `bytes` out of the reserve if need be, and even above the limit: for what must not fail, such as a version that
+    /// a read asks for, or for what is there already, such as bytes that were received.
     pub fn charge_always(&mut self, bytes: usize) {
         if !self.charge(bytes) {
             self.pool.free.fetch_sub(bytes as i64, Ordering::Relaxed);
@@ -123,6 +244,18 @@ impl Budget {
         }
     }
 
+    /// Takes back a charge of memory that was freed and may be resident all the same: as long as it was not measured it cannot be
+    /// charged anew. A connection that frees megabytes, and has others ask for as many, would drive the process over its limit.
+    pub fn release_when_measured(&mut self, bytes: usize) {
+        if self.pool.reserve() == 0 {
+            // Nobody measures.
+            return self.release(bytes);
+        }
+        debug_assert!(bytes as u64 <= self.charged, "released more than was charged");
+        self.charged -= bytes as u64;
+        self.pool.unmeasured.fetch_add(bytes as i64, Ordering::Relaxed);
+    }
+
     #[cold]
     fn give_back(&mut self) {
         let whole = (self.spare / PIECE_BYTES - 1) * PIECE_BYTES;
@@ -137,13 +270,52 @@ impl Budget {
         self.spare += bytes as u64;
     }
 
+    /// Leaves a charge to another core, which takes it with [`Budget::take_over`].
+    pub fn hand_over(&mut self, bytes: usize) {
+        debug_assert!(bytes as u64 <= self.charged, "handed over more than was charged");
+        self.charged -= bytes as u64;
+    }
+
+    /// Takes a charge that another core left.
+    pub fn take_over(&mut self, bytes: usize) {
+        self.charged += bytes as u64;
+    }
+
     /// While `on`, every charge succeeds: what was reserved is being used, and an estimate may be a little short.
     /// Returns what was so before.
     pub fn set_unlimited(&mut self, on: bool) -> bool {
         std::mem::replace(&mut self.unlimited, on)
     }
 
-    /// Bytes that this core may still charge; below 0 when more is charged than the limit allows.
+    /// Tells the others how much this core has charged: `absent` bytes of it are not resident, `connections` belong to those.
+    pub fn publish(&mut self, absent: usize, connections: usize) {
+        let say = (self.charged as i64 - absent as i64, connections as i64);
+        let Published {
+            resident,
+            connections: of_connections,
+        } = &self.pool.published;
+        if say.0 != self.said.0 {
+            resident.fetch_add(say.0 - self.said.0, Ordering::Relaxed);
+        }
+        if say.1 != self.said.1 {
+            of_connections.fetch_add(say.1 - self.said.1, Ordering::Relaxed);
+        }
+        self.said = say;
+        if self.spare > 0 && self.pool.missing() > 0 {
+            // It was the reserve's.
+            self.pool
+                .free
+                .fetch_add(std::mem::take(&mut self.spare) as i64, Ordering::Relaxed);
+        }
+    }
+
+    /// Much has changed since [`Budget::publish`] was called last.
+    #[inline]
+    pub fn is_to_publish(&self, absent: usize) -> bool {
+        (self.charged as i64 - absent as i64).abs_diff(self.said.0) > PUBLISH_BYTES
+    }
+
+    /// Bytes that data of this core may still be charged with; below 0 when more is charged than the limit allows.
     pub fn room(&self) -> i64 {
         self.pool.room() + self.spare as i64
     }
@@ -157,10 +329,16 @@ impl Budget {
     pub fn pool(&self) -> &Pool {
         &self.pool
     }
+
+    /// [`Pool::is_short`].
+    pub fn is_short(&self) -> bool {
+        self.pool.is_short()
+    }
 }
 
 impl Drop for Budget {
     fn drop(&mut self) {
+        self.publish(self.charged as usize, 0);
         self.pool
             .free
             .fetch_add((self.spare + self.charged) as i64, Ordering::Relaxed);
@@ -208,5 +386,93 @@ mod tests {
         assert!(!budget.charge(2 * PIECE_BYTES as usize + 1));
         drop(budget);
         assert_eq!(pool.free.load(Ordering::Relaxed), 500_000);
+    }
+
+    /// Data leaves the reserve alone, connections use it, and when it runs out there is a shortage, until there is room again.
+    #[test]
+    fn the_reserve_is_for_connections() {
+        let pool = Pool::new(10 << 20);
+        pool.keep_for_connections(2 << 20);
+        let mut budget = Budget::new(pool.clone());
+        let mut data = 0;
+        while budget.charge(1000) {
+            data += 1000;
+        }
+        assert!((8 << 20) - data < 1000, "{data}");
+        assert_eq!(pool.shortage(), Shortage::No);
+        let mut shortages = vec![];
+        for _ in 0..20 {
+            budget.charge_always(100 << 10);
+            budget.publish(0, (budget.charged() - data) as usize);
+            shortages.push(pool.shortage());
+        }
+        assert_eq!(shortages[0], Shortage::No);
+        assert!(shortages.is_sorted() && shortages.contains(&Shortage::Some));
+        assert_eq!(shortages[19], Shortage::Severe);
+        assert!(pool.is_full_of_connections());
+        assert!(!budget.charge(1 << 20));
+        budget.release(20 * (100 << 10));
+        assert!(!pool.is_short() && pool.missing() <= 2 * PIECE_BYTES);
+        budget.publish(0, 0);
+        assert_eq!(pool.missing(), 0);
+        assert!(!budget.charge(1000), "it is kept again");
+    }
+
+    /// Where data has used up the reserve, because the limit was lowered, connections get by with less, and are not refused.
+    #[test]
+    fn a_lowered_limit_lets_connections_in() {
+        let pool = Pool::new(10 << 20);
+        pool.keep_for_connections(1 << 20);
+        let mut budget = Budget::new(pool.clone());
+        assert!(budget.charge(8 << 20));
+        pool.set_limit(4 << 20);
+        assert_eq!((pool.shortage(), pool.missing()), (Shortage::Severe, 5 << 20));
+        assert!(!pool.is_full_of_connections());
+        budget.charge_always(300 << 10);
+        budget.publish(0, 300 << 10);
+        assert!(pool.is_full_of_connections());
+    }
+
+    /// What nobody has charged counts, and comes back.
+    #[test]
+    fn other_bytes_count() {
+        let pool = Pool::new(1 << 20);
+        let mut budget = Budget::new(pool.clone());
+        pool.set_other(1 << 20);
+        assert!(!budget.charge(1));
+        pool.set_other(1 << 19);
+        assert!(budget.charge(1 << 19) && !budget.charge(1));
+        budget.publish(1 << 18, 0);
+        assert_eq!((pool.other(), pool.resident()), (1 << 19, 1 << 18));
+        drop(budget);
+        assert_eq!((pool.resident(), pool.free.load(Ordering::Relaxed)), (0, 1 << 19));
+    }
+
+    /// What was freed counts until it is measured that it is gone.
+    #[test]
+    fn what_was_freed_is_measured() {
+        let pool = Pool::new(10 << 20);
+        pool.keep_for_connections(1 << 20);
+        let mut budget = Budget::new(pool.clone());
+        assert!(budget.charge(9 << 20));
+        budget.release_when_measured(8 << 20);
+        assert_eq!(budget.charged(), 1 << 20);
+        assert!(!budget.charge(1 << 20) && pool.is_to_measure());
+        pool.set_other(1 << 20);
+        assert!(budget.charge(7 << 20) && !budget.charge(1));
+    }
+
+    /// A charge that travels with what it is for stays one.
+    #[test]
+    fn charges_are_handed_over() {
+        let pool = Pool::new(1 << 20);
+        let (mut a, mut b) = (Budget::new(pool.clone()), Budget::new(pool.clone()));
+        assert!(a.charge(1 << 20));
+        a.hand_over(1 << 19);
+        assert!(!b.charge(1));
+        b.take_over(1 << 19);
+        b.release(1 << 19);
+        assert!(b.charge(1 << 19));
+        assert_eq!((a.charged(), b.charged()), (1 << 19, 1 << 19));
     }
 }

@@ -52,6 +52,15 @@ pub enum Eviction {
     S3Fifo,
 }
 
+impl std::fmt::Display for Eviction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Eviction::None => "none",
+            Eviction::S3Fifo => "s3-fifo",
+        })
+    }
+}
+
 /// A number of bytes, written with an optional k, m or g (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
@@ -332,6 +341,9 @@ mod tests {
             assert!(bad.parse::<Bytes>().is_err(), "{bad}");
         }
         assert_eq!(Bytes(1 << 20).to_string(), "1m");
+        for eviction in Eviction::value_variants() {
+            assert_eq!(Eviction::from_str(&eviction.to_string(), false).as_ref(), Ok(eviction));
+        }
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
         assert_eq!(parse_duration("0"), Ok(Duration::ZERO));

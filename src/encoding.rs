@@ -35,6 +35,19 @@ pub struct Rope {
     spliced_bytes: usize,
 }
 
+/// Bytes of memory that a buffer takes. What a large one has not used yet was never touched: the system has not given it. If it
+/// counted, the buffer would grow without anybody seeing it.
+pub fn touched_bytes(buffer: &Vec<u8>) -> usize {
+    if buffer.capacity() > REUSED_BYTES_MAX {
+        buffer.len()
+    } else {
+        buffer.capacity()
+    }
+}
+
+/// Larger buffers are not used again by others.
+pub const REUSED_BYTES_MAX: usize = 64 * 1024;
+
 impl Rope {
     /// Adds bytes by copying them.
     #[inline]
@@ -65,6 +78,27 @@ impl Rope {
         let splice = self.splices.pop_front()?;
         self.spliced_bytes -= splice.bytes.len();
         Some(splice)
+    }
+
+    /// Bytes of the values that were added by reference.
+    #[inline]
+    pub fn spliced_bytes(&self) -> usize {
+        self.spliced_bytes
+    }
+
+    /// Bytes of memory that it takes, without the values that were added by reference.
+    pub fn touched_bytes(&self) -> usize {
+        touched_bytes(&self.flat) + self.splices.capacity() * size_of::<Splice>()
+    }
+
+    /// Makes room for so many more bytes, and perhaps for others; false when there is no memory for them.
+    pub fn try_reserve(&mut self, bytes: usize) -> bool {
+        self.flat.try_reserve(bytes).is_ok()
+    }
+
+    /// Makes room for so many more bytes, and no others; false when there is no memory for them.
+    pub fn try_reserve_exact(&mut self, bytes: usize) -> bool {
+        self.flat.try_reserve_exact(bytes).is_ok()
     }
 
     /// All bytes, spliced ones included.
@@ -113,6 +147,11 @@ impl Rope {
 
     /// Adds everything of `other`, emptying it.
     pub fn append(&mut self, other: &mut Rope) {
+        if self.is_empty() && other.flat.len() > self.flat.capacity() {
+            // Megabytes need not be copied.
+            std::mem::swap(self, other);
+            return;
+        }
         let (flat, splices) = (other.flat.len(), other.splices.len());
         self.append_from(other, 0, flat, splices);
         other.clear(usize::MAX);

@@ -6,9 +6,9 @@
 //! wants: sends batches to other cores ([`Engine::outgoing`]) and looks after the connections in [`Engine::attention`].
 //! Nothing here waits, allocates per request, or knows a socket.
 
-use crate::budget::Pool;
+use crate::budget::{Pool, Shortage};
 use crate::config::{Config, Eviction};
-use crate::encoding::Rope;
+use crate::encoding::{REUSED_BYTES_MAX, Rope};
 use crate::link::{Batch, CreditLimits, Direction, Link, Return, cost_bytes};
 use crate::locks::{Locks, Target as Lock, TxnId};
 use crate::metrics::{Counters, Metrics, Prefixes};
@@ -27,15 +27,15 @@ use std::sync::Arc;
 mod gathered;
 mod interactive;
 mod links;
+mod memory;
 mod participant;
 mod time;
 
 /// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
 /// asked for while the others are decoded.
 const WINDOW: usize = 16;
-/// Buffers kept for reuse, and the largest that is worth keeping.
+/// Buffers kept for reuse.
 const BUFFERS_KEPT_MAX: usize = 256;
-const BUFFER_KEPT_BYTES_MAX: usize = 64 * 1024;
 /// More room than this for decoded requests is given back.
 const ARENA_KEPT_BYTES_MAX: usize = 1 << 20;
 /// What a connection needs from the runtime.
@@ -67,8 +67,16 @@ pub struct Engine {
     table: Arc<RangeTable>,
     core_ports: Arc<[u16]>,
     request_bytes_max: usize,
+    /// The memory limit of all cores.
+    pool: Arc<Pool>,
     shards: Shards,
     sessions: Sessions,
+    /// Bytes charged for sessions.
+    connection_bytes: usize,
+    /// What one of them may have waiting.
+    own_limits: memory::OwnLimits,
+    /// Bytes charged for announced values that have not come.
+    absent_bytes: usize,
     links: Vec<Link>,
     /// What this core counts.
     pub metrics: Metrics,
@@ -121,7 +129,7 @@ impl Engine {
     pub fn new(core: CoreId, table: Arc<RangeTable>, pool: Arc<Pool>, config: Arc<Config>, now: UnixMillis) -> Self {
         let value_bytes_max = usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX);
         let evicts = config.limits.eviction != Eviction::None;
-        let shards = Shards::new(core, &table, pool, value_bytes_max, evicts, now);
+        let shards = Shards::new(core, &table, pool.clone(), value_bytes_max, evicts, now);
         let limits = CreditLimits {
             requests_max: config.limits.mesh_requests_max,
             bytes_max: config.limits.mesh_bytes_max.0,
@@ -129,7 +137,11 @@ impl Engine {
         Self {
             core,
             links: (0..table.cores()).map(|_| Link::new(limits)).collect(),
+            pool,
             shards,
+            connection_bytes: 0,
+            own_limits: memory::OwnLimits::new(&config.limits, Shortage::No),
+            absent_bytes: 0,
             table,
             core_ports: Arc::new([]),
             request_bytes_max: usize::try_from(config.limits.request_bytes_max()).unwrap_or(usize::MAX),
@@ -233,14 +245,12 @@ impl Engine {
         };
         session.gone = true;
         session.closing = true;
-        if let Some(incoming) = session.incoming.take() {
-            self.shards.budget.release(incoming.bytes);
-        }
-        self.drop_txn(&mut session);
         self.give_credits_back(&mut session);
         if let Blocked::Credit(link) = std::mem::replace(&mut session.blocked, Blocked::Own) {
             self.links[usize::from(link)].stop_waiting(id);
         }
+        session.input = vec![];
+        self.release_session(&mut session);
         self.sessions.close(id, session);
         self.settle();
     }
@@ -248,7 +258,7 @@ impl Engine {
     /// Has the runtime look after a connection whose state it changed itself.
     pub fn needs_attention(&mut self, id: u32) {
         if let Some(session) = self.sessions.take(id) {
-            self.sessions.put_back(id, session);
+            self.put_back(id, session);
         }
     }
 
@@ -273,13 +283,15 @@ impl Engine {
                 if session.input.capacity() == 0 {
                     session.input = self.buffers.pop().unwrap_or_default();
                 }
-                session.input.extend_from_slice(&bytes[used..]);
+                self.keep_input(&mut session, &bytes[used..]);
+                self.check_half_sent(&mut session);
             }
         } else {
-            session.input.extend_from_slice(bytes);
+            self.keep_input(&mut session, bytes);
             self.advance_input(&mut session, id, None);
+            self.check_half_sent(&mut session);
         }
-        self.sessions.put_back(id, session);
+        self.put_back(id, session);
         self.settle();
     }
 
@@ -319,7 +331,7 @@ impl Engine {
         if session.blocked == Blocked::No {
             session.closing = true;
         }
-        self.sessions.put_back(id, session);
+        self.put_back(id, session);
     }
 
     /// The connection broke. Nothing more is sent.
@@ -331,7 +343,7 @@ impl Engine {
         session.gone = true;
         // Bytes that a send is under way with must keep their place until it is done.
         session.output.filling.clear(0);
-        self.sessions.put_back(id, session);
+        self.put_back(id, session);
     }
 
     /// The socket took bytes of the connection's output.
@@ -342,13 +354,16 @@ impl Engine {
             return;
         };
         session.last_sent_ms = self.now.0;
+        let mut more = session.closing || session.paused;
         if let Some(buffer) = session.output.sent(bytes) {
+            // A large one was charged, and is gone.
+            more |= buffer.capacity() > REUSED_BYTES_MAX / 2;
             self.keep_buffer(buffer);
         }
         self.resume_own(&mut session, id);
-        let more = !session.output.is_empty() || session.closing || session.paused;
+        more |= !session.output.is_empty();
         if more {
-            self.sessions.put_back(id, session);
+            self.put_back(id, session);
         } else {
             self.sessions.restore(id, session);
         }
@@ -356,7 +371,7 @@ impl Engine {
     }
 
     fn keep_buffer(&mut self, mut buffer: Vec<u8>) {
-        if self.buffers.len() < BUFFERS_KEPT_MAX && buffer.capacity() <= BUFFER_KEPT_BYTES_MAX {
+        if self.buffers.len() < BUFFERS_KEPT_MAX && buffer.capacity() <= REUSED_BYTES_MAX {
             buffer.clear();
             self.buffers.push(buffer);
         }
@@ -374,8 +389,8 @@ impl Engine {
     /// Half the limits: going on for each reply that leaves would take the input apart byte by byte.
     #[inline]
     fn is_below_own_limit(&self, session: &Session) -> bool {
-        session.in_flight() <= self.config.limits.requests_in_flight_max as usize / 2
-            && session.output_bytes() as u64 <= self.config.limits.output_bytes_max.0 / 2
+        session.in_flight() <= self.own_limits.in_flight / 2
+            && session.output_bytes() <= self.own_limits.output_bytes / 2
             && !session.is_gathering()
     }
 
@@ -466,14 +481,7 @@ impl Engine {
         let mut at = 0;
         let mut go_on = true;
         let mut last: Option<Step<'_>> = None;
-        let mut room = (self.config.limits.requests_in_flight_max as usize).saturating_sub(session.in_flight());
-        let output_bytes_max = self.config.limits.output_bytes_max.0;
-        match session.output_bytes() as u64 {
-            output if output >= output_bytes_max => room = 0,
-            // Replies are large: one at a time, so that the limit is overstepped by one at the most.
-            output if output >= output_bytes_max / 4 => room = room.min(1),
-            _ => {}
-        }
+        let room = self.room_for_requests(session);
         while at < input.len() && !planned.is_full() {
             if planned.len() >= room {
                 if planned.is_empty() {
@@ -617,6 +625,10 @@ impl Engine {
                 self.execute(shard, hash, command, protocol, shape, Target::Output(out));
             });
         }
+        if protocol::copies_large(protocol) {
+            // Replies of megabytes: what they take must be known before the next.
+            self.recharge(session);
+        }
     }
 
     /// Executes a command on one of this core's shards and encodes the reply; returns how many bytes of value are in that.
@@ -631,7 +643,7 @@ impl Engine {
         target: Target<'_>,
     ) -> usize {
         let counters = &mut self.metrics.counters;
-        let reply = self.shards.execute(shard, hash, command, self.now, counters);
+        let mut reply = self.shards.execute(shard, hash, command, self.now, counters);
         if let Some(prefixes) = &mut self.prefixes {
             prefixes.count(command, &reply);
         }
@@ -639,6 +651,10 @@ impl Engine {
             Target::Output(out) => out,
             Target::Link(link) => self.links[link].replies(),
         };
+        if protocol::copies_large(protocol) && !memory::has_room_to_copy(&self.pool, protocol, &reply, out) {
+            self.metrics.counters.out_of_memory += 1;
+            reply = Reply::OutOfMemory;
+        }
         protocol::encode(protocol, shape, command.key, &reply, self.now, out);
         match reply {
             Reply::Found(item) => item.value.bytes().len(),
@@ -722,15 +738,12 @@ impl Engine {
                 self.answer(session, &about.flat);
             }
             Decoded::MemoryLimit(bytes, answer) => {
-                self.shards.budget.pool().set_limit(bytes);
+                self.pool.set_limit(bytes);
                 self.answer(session, answer);
             }
             Decoded::Value(bytes) => {
                 let header = &input[..step.used];
-                // A small value counts and is not refused: it may be about to replace a larger one.
-                if bytes < LARGE_VALUE_BYTES {
-                    self.shards.budget.charge_always(bytes);
-                } else if !self.shards.reserve(bytes, self.now, &mut self.metrics.counters) {
+                let Some(value) = self.announced(bytes) else {
                     self.metrics.counters.out_of_memory += 1;
                     let (arena, large) = (Bump::new(), OnceCell::new());
                     let refused = session.decoder.without_memory(header, &self.env(&arena, &large));
@@ -739,10 +752,10 @@ impl Engine {
                     }
                     session.swallow = refused.swallow;
                     return Outcome::Done;
-                }
+                };
                 session.incoming = Some(Incoming {
                     header: header.to_vec(),
-                    value: Vec::with_capacity(bytes),
+                    value,
                     bytes,
                 });
                 return Outcome::Done;
@@ -776,8 +789,9 @@ impl Engine {
         arena: &Bump,
         resumed: Option<u16>,
     ) -> (usize, bool) {
-        let taken = input.len().min(incoming.bytes - incoming.value.len());
+        let taken = input.len().min(incoming.missing_bytes());
         incoming.value.extend_from_slice(&input[..taken]);
+        self.absent_bytes -= taken;
         if incoming.value.len() < incoming.bytes {
             session.incoming = Some(incoming);
             return (taken, false);
@@ -837,6 +851,7 @@ impl Engine {
     #[inline]
     pub fn end_turn(&mut self, now_ns: u64) {
         self.metrics.end_turn(self.now_ns, now_ns);
+        self.publish_if_much();
     }
 
     /// The next connection to look after.
@@ -888,6 +903,11 @@ impl Engine {
     /// Bytes that this core has charged to the memory limit.
     pub fn charged_bytes(&self) -> u64 {
         self.shards.budget.charged()
+    }
+
+    /// Bytes of those that are charged for connections.
+    pub fn connection_bytes(&self) -> u64 {
+        self.connection_bytes as u64
     }
 
     /// Open connections.

@@ -2,12 +2,13 @@
 
 use crate::model::{Check, Command, Condition, Delete, Op, Put, Value, Version};
 use ahash::AHashMap;
+use bytes::Bytes;
 
 /// See the module's text.
 #[derive(Debug, Default)]
 pub(crate) struct OpenTxn {
-    /// What it wrote, by key; `None` stands for a delete.
-    writes: AHashMap<Vec<u8>, Option<Vec<u8>>>,
+    /// What it wrote, by key; `None` stands for a delete. A large value is stored as it lies here, without copying.
+    writes: AHashMap<Vec<u8>, Option<Bytes>>,
     /// What must still hold of the keys it read, when that matters.
     reads: AHashMap<Vec<u8>, Condition>,
     /// Bytes of keys and values, for the limit.
@@ -43,9 +44,16 @@ impl OpenTxn {
         self.commands <= commands_max
     }
 
-    /// Keeps a write; a later one to the same key takes its place.
-    pub(crate) fn write(&mut self, key: &[u8], value: Option<&[u8]>) {
-        self.writes.insert(key.to_vec(), value.map(<[u8]>::to_vec));
+    /// Keeps a write; a later one to the same key takes its place. False, and nothing kept, when the system has no memory for it.
+    pub(crate) fn write(&mut self, key: &[u8], value: Option<&[u8]>) -> bool {
+        let mut own = vec![];
+        let bytes = value.unwrap_or_default();
+        if own.try_reserve_exact(bytes.len()).is_err() {
+            return false;
+        }
+        own.extend_from_slice(bytes);
+        self.writes.insert(key.to_vec(), value.map(|_| Bytes::from(own)));
+        true
     }
 
     /// What it wrote to a key, if it did.
@@ -68,7 +76,7 @@ impl OpenTxn {
         let writes = self.writes.iter().map(|(key, value)| Command {
             key,
             op: match value {
-                Some(value) => Op::Put(Put::new(Value::Small(value))),
+                Some(value) => Op::Put(Put::new(Value::collected(value))),
                 None => Op::Delete(Delete::default()),
             },
         });

@@ -15,7 +15,7 @@ use crate::encoding::{
     Reader, Rope, only_reads, push_broadcast, push_check, push_command, read_check, read_command, reads_large,
 };
 use crate::locks::TxnId;
-use crate::model::{Broadcast, Check, Command, Op};
+use crate::model::{Broadcast, Check, Command, Op, Value};
 use crate::partition::Place;
 use crate::protocol::{Protocol, Shape};
 use crate::txn::{Decision, Role, Scope};
@@ -27,6 +27,20 @@ use std::collections::VecDeque;
 pub struct Batch {
     /// The records.
     pub rope: Rope,
+    /// What is charged to the memory limit for it, by the core that has it.
+    pub(crate) charged_bytes: usize,
+}
+
+impl Batch {
+    /// Bytes of memory that it takes, and will take: replies are there twice, before they are only with the connections. Large
+    /// values in requests are nobody else's; those in replies the store charges.
+    #[inline]
+    pub(crate) fn weight(&self, direction: Direction) -> usize {
+        match direction {
+            Direction::Requests => self.rope.flat.capacity() + self.rope.spliced_bytes(),
+            Direction::Replies => 2 * self.rope.flat.len(),
+        }
+    }
 }
 
 /// The kinds of batches.
@@ -72,7 +86,9 @@ impl Link {
         }
     }
 
-    fn batch(&mut self, direction: Direction) -> &mut Box<Batch> {
+    /// What is to be sent, as far as it is there.
+    #[inline]
+    pub(crate) fn batch(&mut self, direction: Direction) -> &mut Box<Batch> {
         match direction {
             Direction::Requests => &mut self.requests,
             Direction::Replies => &mut self.replies,
@@ -458,6 +474,18 @@ impl Wish<'_> {
             Wish::Check(check) => (2 * REQUEST_HEADER_BYTES + check.key.len()) as u32,
             Wish::Execute(_, command) => cost_bytes(command, &Shape::code(0)),
         }
+    }
+
+    /// Bytes of it that are copied on its way.
+    pub(crate) fn copied_bytes(&self) -> usize {
+        let referenced = match self {
+            Wish::Execute(_, command) => match &command.op {
+                Op::Put(put) if matches!(put.value, Value::Large(_)) => put.value.bytes().len(),
+                _ => 0,
+            },
+            Wish::Check(_) => 0,
+        };
+        self.cost_bytes() as usize - referenced
     }
 }
 

@@ -145,6 +145,8 @@ counters! {
     connection_bytes,
     /// Bytes charged to the memory limit for everything (gauge).
     charged_bytes,
+    /// Bytes of the process that are resident and that nobody has charged, on the first core (gauge).
+    other_bytes,
 }
 
 impl Counters {

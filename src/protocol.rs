@@ -319,6 +319,30 @@ pub fn encode_about(protocol: Protocol, shape: &Shape<'_>, server: &ServerFacts<
     }
 }
 
+/// Replies of this protocol copy values of any size; those of others refer to large ones.
+#[inline]
+pub fn copies_large(protocol: Protocol) -> bool {
+    protocol == Protocol::JsonLine
+}
+
+/// How many bytes a reply takes that copies a large value, at the most.
+pub fn copied_bytes(protocol: Protocol, value: &[u8]) -> usize {
+    match protocol {
+        Protocol::JsonLine => json_line::copied_bytes(value),
+        _ => value.len(),
+    }
+}
+
+/// What a connection is told before it is closed because there is no memory for its request.
+pub fn out_of_memory(protocol: Protocol) -> Vec<u8> {
+    match protocol {
+        Protocol::Memcached => memcached::out_of_memory().to_vec(),
+        Protocol::Text => text::out_of_memory().to_vec(),
+        Protocol::Protobuf => protobuf::out_of_memory(),
+        Protocol::JsonLine => json_line::error(json_line::NO_MEMORY),
+    }
+}
+
 /// What a connection over the limit is told before it is closed.
 pub fn refusal(protocol: Protocol) -> Vec<u8> {
     match protocol {

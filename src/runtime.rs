@@ -7,12 +7,13 @@
 mod allocator;
 mod host;
 mod load;
+mod memory;
 mod mesh;
 mod net;
 mod pump;
 
 use crate::budget::Pool;
-use crate::config::{Config, Listen, PartitionerChoice};
+use crate::config::{Bytes, Config, Eviction, Listen, PartitionerChoice};
 use crate::engine::Engine;
 use crate::model::CoreId;
 use crate::partition::RangeTable;
@@ -20,6 +21,7 @@ use crate::protocol::Protocol;
 use mesh::{Mesh, Peer};
 use socket2::{Domain, Socket, Type};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::mpsc;
@@ -47,6 +49,8 @@ struct Shared {
     /// Open connections on all cores, for the limit.
     connections: AtomicU32,
     peers: Arc<Vec<Peer>>,
+    /// The memory limit.
+    memory: memory::Watch,
 }
 
 impl Shared {
@@ -110,16 +114,8 @@ impl Server {
                 cpus.len()
             );
         }
-        let memory_bytes_max = config
-            .limits
-            .max_memory
-            .map_or_else(host::default_memory_limit, |limit| limit.0);
-        check_limits(&config, memory_bytes_max)?;
-        if config.memcached != Listen::Off {
-            // A memcached of this size would forget old items instead.
-            let limit = crate::config::Bytes(memory_bytes_max);
-            log::info!("--max-memory is {limit}: when it is used up, writes are refused; this server does not evict");
-        }
+        check_limits(&config)?;
+        let (pool, memory) = memory_limit(&config, cores)?;
         let table = Arc::new(range_table(&config, cores)?);
         let Bound {
             listeners,
@@ -147,8 +143,8 @@ impl Server {
             quiet_cores: AtomicU16::new(0),
             connections: AtomicU32::new(0),
             peers: peers.clone(),
+            memory,
         });
-        let pool = Pool::new(memory_bytes_max);
         let meshes = mesh::build(&peers);
         let clock = pump::Clock::start();
         let mut boot = Boot::new(usize::from(cores));
@@ -378,15 +374,37 @@ impl Core {
     }
 }
 
-fn check_limits(config: &Config, memory_bytes_max: u64) -> Result<(), StartError> {
+/// The limit of the whole process, and who keeps it.
+fn memory_limit(config: &Config, cores: u16) -> Result<(Arc<Pool>, memory::Watch), StartError> {
+    let allowed = memory::allowed(Path::new("/"));
+    let given = config.limits.max_memory.map(|limit| limit.0);
+    let limit = given.unwrap_or_else(|| memory::default_limit(allowed.bytes));
+    let resident = memory::Resident::new();
+    let resident = resident.map_err(|error| StartError(format!("cannot read /proc/self/statm: {error}")))?;
+    let bytes = resident.bytes().unwrap_or_default();
+    memory::check_limit(config, limit, cores, bytes)?;
+    memory::warn_if_over(limit, &allowed);
+    let at_the_limit = match config.limits.eviction {
+        Eviction::None => "writes that need more are refused",
+        Eviction::S3Fifo => "items make place for others",
+    };
+    log::info!(
+        "the memory limit is {}, of {} that this process may use ({}); at it, {at_the_limit} (--eviction {})",
+        Bytes(limit),
+        Bytes(allowed.bytes),
+        allowed.by,
+        config.limits.eviction,
+    );
+    let pool = Pool::new(limit);
+    pool.keep_for_connections(memory::reserve_of(limit));
+    // Until it is measured.
+    pool.set_other(bytes);
+    let watch = memory::Watch::new(pool.clone(), resident, given.is_some(), allowed.bytes, cores);
+    Ok((pool, watch))
+}
+
+fn check_limits(config: &Config) -> Result<(), StartError> {
     let limits = &config.limits;
-    if memory_bytes_max < limits.item_size_max.0 {
-        return Err(StartError(format!(
-            "--max-memory {} is less than one item of --item-size-max {}: raise the one or lower the other",
-            crate::config::Bytes(memory_bytes_max),
-            limits.item_size_max
-        )));
-    }
     // Lengths of values travel in 32 bits.
     if limits.item_size_max.0 > 1 << 30 {
         return Err(StartError(format!(

@@ -1,7 +1,7 @@
 //! One connection: what it sent and was not yet understood, its replies in the order of its requests, and what waits to be
 //! sent.
 
-use crate::encoding::Rope;
+use crate::encoding::{Rope, touched_bytes};
 use crate::gather::Gather;
 use crate::interactive::OpenTxn;
 use crate::model::Class;
@@ -56,6 +56,14 @@ pub(crate) struct Incoming {
     pub(crate) bytes: usize,
 }
 
+impl Incoming {
+    /// How much has not come yet.
+    #[inline]
+    pub(crate) fn missing_bytes(&self) -> usize {
+        self.bytes - self.value.len()
+    }
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -73,6 +81,10 @@ pub(crate) struct Session {
     pub(crate) swallow: usize,
     /// How many replies that several cores give together are under way.
     gathering: u32,
+    /// Bytes of what those have brought so far.
+    pub(crate) gathered_bytes: usize,
+    /// What is charged to the memory limit for it.
+    pub(crate) charged: usize,
     /// It serves the core itself and has no socket.
     pub(crate) internal: bool,
     pub(crate) output: Output,
@@ -113,6 +125,8 @@ impl Session {
             credits: vec![],
             swallow: 0,
             gathering: 0,
+            gathered_bytes: 0,
+            charged: 0,
             internal: false,
             output: Output::default(),
             replies: Replies::default(),
@@ -136,7 +150,39 @@ impl Session {
     pub(crate) fn has_collected(&self) -> bool {
         self.incoming
             .as_ref()
-            .is_some_and(|incoming| incoming.value.len() == incoming.bytes)
+            .is_some_and(|incoming| incoming.missing_bytes() == 0)
+    }
+
+    /// The same as [`Session::buffer_bytes`], nearly, when it does not wait for much.
+    #[inline]
+    pub(crate) fn front_bytes(&self) -> usize {
+        let output = &self.output;
+        SESSION_BYTES + self.input.capacity() + output.filling.flat.capacity() + output.sending.flat.capacity()
+    }
+
+    /// Replies that are missing, or stand behind a missing one, may take much memory.
+    #[inline]
+    pub(crate) fn waits_for_much(&self) -> bool {
+        self.in_flight() > MANY_REPLIES || self.is_gathering()
+    }
+
+    /// Bytes of memory that it takes: its buffers, and itself. Not what is charged by itself (an announced
+    /// value, an open transaction), nor large values that the store has, too.
+    pub(crate) fn buffer_bytes(&self) -> usize {
+        let Replies {
+            slots,
+            held,
+            whole_bytes,
+            ..
+        } = &self.replies;
+        SESSION_BYTES
+            + touched_bytes(&self.input)
+            + self.output.filling.touched_bytes()
+            + self.output.sending.touched_bytes()
+            + slots.capacity() * size_of::<Slot>()
+            + held.touched_bytes()
+            + whole_bytes
+            + self.gathered_bytes
     }
 
     /// How many replies are missing or stand behind a missing one.
@@ -262,6 +308,8 @@ impl Session {
         match std::mem::replace(state, SlotState::Waiting) {
             SlotState::Gathering(gather) => {
                 self.gathering -= 1;
+                // Nothing else is gathered meanwhile.
+                self.gathered_bytes = 0;
                 Some(*gather)
             }
             other => {
@@ -274,6 +322,7 @@ impl Session {
     /// Fills the slot of what was gathered.
     pub(crate) fn fill_gathered(&mut self, number: u32, reply: Rope, left: impl FnMut(&Slot)) {
         let index = number.wrapping_sub(self.replies.first) as usize;
+        self.replies.whole_bytes += reply.touched_bytes();
         self.replies.slots[index].state = SlotState::Whole(Box::new(reply));
         self.drain(left);
     }
@@ -287,7 +336,10 @@ impl Session {
                     self.output.filling.push(&replies.held.flat[*start..*start + *length]);
                     replies.held_used -= *length;
                 }
-                SlotState::Whole(rope) => self.output.filling.append(rope),
+                SlotState::Whole(rope) => {
+                    replies.whole_bytes -= rope.touched_bytes();
+                    self.output.filling.append(rope);
+                }
             }
             left(slot);
             replies.slots.pop_front();
@@ -313,7 +365,15 @@ struct Replies {
     held: Rope,
     /// How many bytes of `held` a slot still refers to.
     held_used: usize,
+    /// Bytes of memory that those elsewhere take.
+    whole_bytes: usize,
 }
+
+/// Fewer replies than this are not much, be they as large as those that are copied may be.
+const MANY_REPLIES: usize = 16;
+
+/// What a session takes beside its buffers: itself, the address of its client, and its places in tables.
+const SESSION_BYTES: usize = size_of::<Session>() + 512;
 
 /// From here on a send costs less than waiting for more.
 const OUTPUT_BYTES_WORTH_SENDING: usize = 16 * 1024;
@@ -343,6 +403,7 @@ impl Replies {
         let splices = self.held.splices.len();
         whole.append_from(&mut self.held, start, length, splices);
         self.held.flat.truncate(start);
+        self.whole_bytes += whole.touched_bytes();
         SlotState::Whole(whole)
     }
 

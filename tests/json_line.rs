@@ -95,7 +95,7 @@ fn a_transaction_over_its_limit_cannot_be_committed() {
             (format!("PUT c {}", "v".repeat(11_000)), large),
         ] {
             let mut world = World::new(cores, &options);
-            let before: u64 = world.engines.iter().map(|engine| engine.charged_bytes()).sum();
+            let before = world.charged();
             let client = world.connect(0, Protocol::JsonLine);
             say(&mut world, client, "START\nPUT a 1\nDEL b\n");
             if why == many {
@@ -107,8 +107,7 @@ fn a_transaction_over_its_limit_cannot_be_committed() {
             assert_eq!(say(&mut world, client, "GET a\n"), no("there is no such key"));
             // A new one begins afresh.
             assert_eq!(say(&mut world, client, "START\nPUT a 1\nROLLBACK\n"), OK.repeat(3));
-            let after: u64 = world.engines.iter().map(|engine| engine.charged_bytes()).sum();
-            assert_eq!(before, after);
+            assert_eq!(before, world.charged());
         }
     }
 }
@@ -148,13 +147,12 @@ fn a_commit_that_waits_for_credit_is_not_silence() {
 #[test]
 fn open_transactions_are_charged() {
     let mut world = World::new(2, &[]);
-    let charged = |world: &World| -> u64 { world.engines.iter().map(|engine| engine.charged_bytes()).sum() };
-    let before = charged(&world);
+    let before = world.charged();
     let value = "v".repeat(100_000);
     for end in ["ROLLBACK\n", "COMMIT\nDEL a\n", "gone"] {
         let client = world.connect(0, Protocol::JsonLine);
         say(&mut world, client, &format!("START CHECKED\nGET a\nPUT a {value}\n"));
-        assert!(charged(&world) >= before + 100_000);
+        assert!(world.charged() >= before + 100_000);
         if end == "gone" {
             world.drop_connection(client);
             world.settle();
@@ -164,7 +162,7 @@ fn open_transactions_are_charged() {
         // Pages that nothing lies in go back in their time.
         world.pass(100);
         world.settle();
-        assert_eq!(charged(&world), before, "{end}");
+        assert_eq!(world.charged(), before, "{end}");
     }
 }
 

@@ -527,13 +527,12 @@ fn clients_that_vanish() {
     let keys: Vec<&[u8]> = keys.iter().map(<[u8; 1]>::as_slice).collect();
     let large = request(2, set(&[entry(b"large", &[7; 6000]), entry(b"other", &[8; 6000])]));
     let bytes = [request(1, set(&entries)), request(1, get(&keys, true)), large].concat();
-    let charged = |world: &World| -> u64 { world.engines.iter().map(|engine| engine.charged_bytes()).sum() };
     for options in [&[][..], &["--mesh-requests-max", "1"]] {
         for sent in [1, 10, 1000, 5000, 9000, bytes.len()] {
             for turns in 0..8 {
                 let mut world = World::new(3, options);
                 let clients: Vec<Client> = (0..3).map(|core| world.connect(core, Protocol::Protobuf)).collect();
-                let before = charged(&world);
+                let before = world.charged();
                 for client in &clients {
                     world.send(*client, &bytes[..sent.min(bytes.len())]);
                 }
@@ -554,7 +553,7 @@ fn clients_that_vanish() {
                 let flush = request(3, Command::Flush(Flush { delay_ms: 0 }));
                 assert_eq!(ask(&mut world, next, &flush, 0)[0].id, 3);
                 world.settle();
-                assert_eq!(before, charged(&world), "{sent} bytes, {turns} turns");
+                assert_eq!(before, world.charged(), "{sent} bytes, {turns} turns");
             }
         }
     }

@@ -260,22 +260,29 @@ fn connections_opened_and_dropped() {
         assert!(Instant::now() < deadline, "{count} connections are still counted");
         std::thread::sleep(Duration::from_millis(50));
     }
-    assert_eq!(stat(&mut client, "bytes_charged"), stat(&mut client, "hash_bytes"));
+    let [charged, index, connections] = stats(&mut client, ["bytes_charged", "hash_bytes", "bytes_connections"]);
+    assert_eq!(charged, index + connections);
     server.stop();
 }
 
 fn stat(client: &mut TcpStream, name: &str) -> u64 {
+    stats(client, [name])[0]
+}
+
+fn stats<const N: usize>(client: &mut TcpStream, names: [&str; N]) -> [u64; N] {
     client.write_all(b"stats\r\n").unwrap();
     let mut reader = BufReader::new(&mut *client);
-    let mut found = None;
+    let mut found = [None; N];
     loop {
         let mut line = String::new();
         reader.read_line(&mut line).unwrap();
         if line == "END\r\n" {
-            return found.unwrap();
+            return found.map(Option::unwrap);
         }
-        if let Some(value) = line.strip_prefix(&format!("STAT {name} ")) {
-            found = value.trim().parse().ok();
+        for (name, found) in names.iter().zip(&mut found) {
+            if let Some(value) = line.strip_prefix(&format!("STAT {name} ")) {
+                *found = value.trim().parse().ok();
+            }
         }
     }
 }
@@ -477,6 +484,13 @@ fn what_does_not_fit_is_told() {
     };
     let error = Server::start(boundaries).unwrap_err().to_string();
     assert!(error.contains("'m' and 'g'"), "{error}");
+
+    let mut little = config(2);
+    little.limits.max_memory = Some("8m".parse().unwrap());
+    let error = Server::start(little).unwrap_err().to_string();
+    for name in ["--max-memory 8m", "2 cores", "--receive-buffers", "--item-size-max 1m"] {
+        assert!(error.contains(name), "{error}");
+    }
 
     let load = Config {
         load: Some("/nonexistent/words".into()),

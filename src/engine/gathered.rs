@@ -3,13 +3,16 @@
 use super::{Engine, count_answered};
 use crate::encoding::Rope;
 use crate::gather::{Gather, Gathered};
-use crate::link::{BROADCAST_COST_BYTES, Request, Return, Wish, read_wound};
+use crate::link::{BROADCAST_COST_BYTES, Direction, Request, Return, Wish, read_wound};
 use crate::locks::TxnId;
 use crate::metrics::{ConnectionFacts, Prefixes, Report};
 use crate::model::{Broadcast, Class, Transaction, TxnEnd};
-use crate::protocol::{self, ServerFacts, Shape};
+use crate::protocol::{self, ServerFacts, Shape, TxnResults};
 use crate::session::{Blocked, Session};
 use crate::txn::{Coordinator, Decision, Next, Role, Scope};
+
+/// Requests of less than this are few enough in a turn not to need a look at what is left of memory.
+const FREE_REQUEST_BYTES: u64 = 64 * 1024;
 
 /// What a transaction asks of one key, and where that belongs.
 struct Placed<'a> {
@@ -153,6 +156,16 @@ impl Engine {
         if !self.take_credits(session, id, costs, resumed) {
             return false;
         }
+        let bytes: u64 = costs.iter().map(|(_, cost_bytes)| u64::from(*cost_bytes)).sum();
+        let copied_bytes = || placed.iter().map(|placed| placed.wish.copied_bytes()).sum();
+        if bytes > FREE_REQUEST_BYTES && !self.charge_request(copied_bytes(), costs) {
+            session
+                .credits
+                .extend(costs.iter().filter(|(core, _)| *core != self.core.0));
+            self.give_credits_back(session);
+            self.refuse_txn(session, placed, shape);
+            return true;
+        }
         let txn = self.next_age();
         let order = placed.iter().map(|placed| (placed.wish.role(), placed.core)).collect();
         let coordinator = Coordinator::new(txn, order, costs, scope, self.config.limits.response_bytes_max());
@@ -176,9 +189,29 @@ impl Engine {
         }
         for (core, _) in costs {
             self.links[usize::from(*core)].finish_part(starts[usize::from(*core)]);
+            self.charge_batch(usize::from(*core), Direction::Requests);
         }
         self.unsettled = true;
         true
+    }
+
+    /// Answers that there is no memory for a transaction, of which nothing was done.
+    #[cold]
+    fn refuse_txn(&mut self, session: &mut Session, placed: &[Placed<'_>], shape: &Shape<'_>) {
+        self.metrics.counters.out_of_memory += 1;
+        let commands = placed
+            .iter()
+            .filter(|placed| placed.wish.role() == Role::Success)
+            .count();
+        let results = TxnResults {
+            end: TxnEnd::OutOfMemory,
+            checks: vec![],
+            replies: Rope::default(),
+            commands,
+        };
+        let mut reply = Rope::default();
+        protocol::encode_txn(session.protocol, shape, results, &mut reply);
+        self.answer(session, &reply.flat);
     }
 
     /// Goes on with what is gathered at slot `number`, as far as what has come allows.
@@ -280,7 +313,7 @@ impl Engine {
             config: &self.config,
             process: self.process,
             now: self.now,
-            memory_bytes_max: self.shards.budget.pool().limit(),
+            memory_bytes_max: self.pool.limit(),
             table: &self.table,
             core_ports: &self.core_ports,
         }
@@ -298,6 +331,11 @@ impl Engine {
                 let counters = &mut metrics.counters;
                 self.shards.count(counters);
                 counters.connections = self.sessions.connections();
+                counters.connection_bytes = self.connection_bytes as u64;
+                if self.core.0 == 0 {
+                    // It is the process's, not a core's.
+                    counters.other_bytes = self.pool.other();
+                }
                 counters.uptime_ns = self.now_ns - self.started_ns;
                 Report::Metrics(vec![(self.core, metrics)])
             }

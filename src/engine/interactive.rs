@@ -64,9 +64,12 @@ impl Engine {
         } else if !self.shards.budget.charge(bytes) {
             NO_MEMORY
         } else {
+            // Taken back with the others if it cannot be kept.
             open.bytes += bytes;
-            open.write(key, value);
-            return Ok(());
+            if open.write(key, value) {
+                return Ok(());
+            }
+            NO_MEMORY
         };
         self.doom(session, why);
         Err(why)
@@ -94,7 +97,7 @@ impl Engine {
     /// Forgets a connection's transaction.
     pub(super) fn drop_txn(&mut self, session: &mut Session) {
         if let Some(open) = session.open_txn.take() {
-            self.shards.budget.release(open.bytes);
+            self.shards.budget.release_when_measured(open.bytes);
         }
     }
 
@@ -152,14 +155,20 @@ impl Engine {
         let (key, line) = (shape.text, &mut results.replies.flat);
         let mut head = Reader(&line[..VERSION_BYTES]);
         let version = Version(head.u64());
-        let found = head.u8() == 1;
-        if let Some(open) = &mut session.open_txn
+        let found = match head.u8() {
+            0 => Some(None),
+            1 => Some(Some(version)),
+            // It could not be read.
+            _ => None,
+        };
+        if let Some(found) = found
+            && let Some(open) = &mut session.open_txn
             && open.doomed().is_none()
         {
             let bytes = OpenTxn::bytes_of(key, None);
             self.shards.budget.charge_always(bytes);
             open.bytes += bytes;
-            open.note_read(key, found.then_some(version));
+            open.note_read(key, found);
         }
         line.drain(..VERSION_BYTES);
     }

@@ -1,10 +1,11 @@
 //! What comes from other cores and goes to them. What a core has for itself takes the same way.
 
-use super::{BUFFER_KEPT_BYTES_MAX, Engine, Target, WINDOW, count_answered};
-use crate::encoding::{Reader, Rope, read_broadcast, read_command, reads_large};
+use super::{Engine, Target, WINDOW, count_answered};
+use crate::encoding::{REUSED_BYTES_MAX, Reader, Rope, read_broadcast, read_command, reads_large};
 use crate::gather::Gathered;
 use crate::link::{Batch, Direction, Kind, ReplyRecord, Request};
 use crate::model::{Command, CoreId};
+use crate::protocol;
 use crate::session::{Blocked, Session};
 
 impl Engine {
@@ -16,6 +17,7 @@ impl Engine {
 
     pub(super) fn take_requests(&mut self, from: CoreId, mut batch: Box<Batch>) {
         let link = usize::from(from.0);
+        self.take_over(&batch);
         let flat = std::mem::take(&mut batch.rope.flat);
         let mut reader = Reader(&flat);
         while !reader.0.is_empty() {
@@ -72,7 +74,7 @@ impl Engine {
     }
 
     /// Executes a command of another core and encodes the reply for it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn answer_command(&mut self, link: usize, request: &Request<'_>, command: &Command<'_>) {
         let start = self.links[link].begin_reply(request.to);
         let Request {
@@ -80,6 +82,9 @@ impl Engine {
         } = *request;
         self.execute(shard, hash, command, protocol, &request.shape, Target::Link(link));
         self.links[link].finish_reply(start);
+        if protocol::copies_large(protocol) {
+            self.charge_copies(link);
+        }
     }
 
     /// Replies came from core `from`. The batch is emptied, sessions that waited go on.
@@ -89,8 +94,10 @@ impl Engine {
     }
 
     pub(super) fn take_replies(&mut self, from: CoreId, mut batch: Box<Batch>) {
+        self.take_over(&batch);
         let mut at = 0;
         while at < batch.rope.flat.len() {
+            let began = at;
             let (mut record, mut next) = ReplyRecord::read(&batch.rope.flat, at);
             let id = record.session;
             let mut session = self
@@ -110,19 +117,20 @@ impl Engine {
                     break;
                 }
             }
+            self.release_replies(&mut batch, at - began);
             if session.gone {
                 session.output.filling.clear(0);
             }
             if session.blocked == Blocked::Own && self.resumable.last() != Some(&id) {
                 self.resumable.push(id);
             }
-            self.sessions.put_back(id, session);
+            self.put_back(id, session);
         }
         self.recycle(batch);
         while let Some(id) = self.resumable.pop() {
             if let Some(mut session) = self.sessions.take(id) {
                 self.resume_own(&mut session, id);
-                self.sessions.put_back(id, session);
+                self.put_back(id, session);
             }
         }
         self.resume_waiters(from.0);
@@ -144,6 +152,7 @@ impl Engine {
                     link.release_credit(cost_bytes);
                 }
                 gather.take(from.0, rope, at, length, splices);
+                session.gathered_bytes += length;
                 self.gathered(session, id, number);
             }
             Err(cost_bytes) => {
@@ -168,7 +177,7 @@ impl Engine {
             session.blocked = Blocked::No;
             self.advance_input(&mut session, id, Some(link));
             let still_waits = session.blocked == Blocked::Credit(link);
-            self.sessions.put_back(id, session);
+            self.put_back(id, session);
             if still_waits {
                 break;
             }
@@ -176,8 +185,9 @@ impl Engine {
     }
 
     fn recycle(&mut self, mut batch: Box<Batch>) {
+        self.release_batch(&mut batch);
         if self.batches.len() < 2 * self.links.len() {
-            batch.rope.clear(BUFFER_KEPT_BYTES_MAX);
+            batch.rope.clear(REUSED_BYTES_MAX);
             self.batches.push(batch);
         }
     }
@@ -186,11 +196,14 @@ impl Engine {
     /// fetched stays and grows, and credit bounds how far.
     #[inline]
     pub fn outgoing(&mut self, to: CoreId, direction: Direction) -> Option<Box<Batch>> {
-        let link = &mut self.links[usize::from(to.0)];
-        if !link.has_outgoing(direction) {
+        let link = usize::from(to.0);
+        if !self.links[link].has_outgoing(direction) {
             return None;
         }
-        Some(link.take_outgoing(direction, self.batches.pop().unwrap_or_default()))
+        self.charge_batch(link, direction);
+        let batch = self.links[link].take_outgoing(direction, self.batches.pop().unwrap_or_default());
+        self.hand_over(&batch);
+        Some(batch)
     }
 
     /// There is something to send to core `to`.

@@ -2,10 +2,10 @@
 //! transaction from its preparation to its end. The core's own transactions come the same way, over the link to itself.
 
 use super::{Engine, Target, WINDOW};
-use crate::encoding::{Reader, Rope, read_command};
-use crate::link::{Kind, Member, PartRecord, Request, read_decision};
+use crate::encoding::{REUSED_BYTES_MAX, Reader, Rope, read_command};
+use crate::link::{Direction, Kind, Member, PartRecord, Request, read_decision};
 use crate::locks::{Entered, Mode, Target as Lock, TxnId, Who};
-use crate::model::Command;
+use crate::model::{Command, LARGE_VALUE_BYTES};
 use crate::shard::Price;
 use crate::txn::{Decision, Role, Scope, Vote, amend_vote, begin_result, finish_result, push_vote};
 use arrayvec::ArrayVec;
@@ -18,6 +18,8 @@ pub(super) struct Parked {
     link: usize,
     /// The record, with its large values.
     record: Rope,
+    /// What is charged to the memory limit for it while it waits.
+    charged_bytes: usize,
 }
 
 impl Parked {
@@ -30,7 +32,11 @@ impl Parked {
                 own.splice(splice.bytes);
             }
         }
-        Self { link, record: own }
+        Self {
+            link,
+            record: own,
+            charged_bytes: 0,
+        }
     }
 
     fn large_values(&self) -> Vec<Bytes> {
@@ -67,6 +73,8 @@ struct Survey {
     checks: Vec<bool>,
     /// What success costs, and what failure.
     prices: [Price; 2],
+    /// Bytes of values that either copies into its reply.
+    copied_bytes: [usize; 2],
 }
 
 /// What a command needs of its key.
@@ -104,7 +112,7 @@ impl Engine {
         let parked = Parked::new(link, request.record, splices, large);
         if request.kind == Kind::Prepare {
             let part = Part {
-                parked,
+                parked: self.charge_parked(parked),
                 ticket: 0,
                 attempt: 0,
                 voted: false,
@@ -137,8 +145,20 @@ impl Engine {
         if let Some(value) = large {
             record.splice(value.clone());
         }
-        self.wait_for_locks(vec![(target, mode)], Parked { link, record });
+        let parked = Parked {
+            link,
+            record,
+            charged_bytes: 0,
+        };
+        self.wait_for_locks(vec![(target, mode)], parked);
         true
+    }
+
+    /// Charges what waits. It is there already.
+    fn charge_parked(&mut self, mut parked: Parked) -> Parked {
+        parked.charged_bytes = parked.record.touched_bytes() + parked.record.spliced_bytes();
+        self.shards.budget.charge_always(parked.charged_bytes);
+        parked
     }
 
     /// Enters a request that is executed as soon as it has its locks. It does not have them now, unless those that are in its
@@ -147,6 +167,7 @@ impl Engine {
         self.metrics.counters.lock_waits += 1;
         self.unsettled = true;
         let age = self.next_age();
+        let parked = self.charge_parked(parked);
         match self.locks.enter(Who::Instant(age), wants) {
             Entered::Waiting(ticket) => {
                 self.waiters.insert(ticket, Waiter::Instant(parked));
@@ -170,6 +191,7 @@ impl Engine {
     }
 
     fn execute_instant(&mut self, mut parked: Parked, ticket: u32) {
+        self.shards.budget.release_when_measured(parked.charged_bytes);
         let flat = std::mem::take(&mut parked.record.flat);
         let request = Request::read(&mut Reader(&flat));
         if request.kind == Kind::Command {
@@ -191,13 +213,17 @@ impl Engine {
             return self.answer_reads(parked.link, &request, &record, Vote::Done);
         }
         let large = parked.large_values();
-        let Survey { checks, prices } = self.survey(&record, &large);
-        let (role, price) = if checks.iter().all(|held| *held) {
-            (Role::Success, prices[0])
+        let Survey {
+            checks,
+            prices,
+            copied_bytes,
+        } = self.survey(&record, &large);
+        let (role, price, copied_bytes) = if checks.iter().all(|held| *held) {
+            (Role::Success, prices[0], copied_bytes[0])
         } else {
-            (Role::Failure, prices[1])
+            (Role::Failure, prices[1], copied_bytes[1])
         };
-        let vote = match self.afford(price) {
+        let vote = match self.afford(price, copied_bytes) {
             Vote::Prepared => Vote::Done,
             refusal => refusal,
         };
@@ -211,14 +237,13 @@ impl Engine {
     }
 
     /// Sets memory aside for what is to be executed, or says why it cannot be.
-    fn afford(&mut self, price: Price) -> Vote {
+    fn afford(&mut self, price: Price, copied_bytes: usize) -> Vote {
         if price.read_bytes > self.config.limits.response_bytes_max() {
             return Vote::TooLarge;
         }
-        if !self
-            .shards
-            .reserve(price.charged_bytes, self.now, &mut self.metrics.counters)
-        {
+        let has_room = self.has_room_for_reply(copied_bytes);
+        let counters = &mut self.metrics.counters;
+        if !has_room || !self.shards.reserve(price.charged_bytes, self.now, counters) {
             self.metrics.counters.out_of_memory += 1;
             return Vote::NoMemory;
         }
@@ -267,13 +292,17 @@ impl Engine {
             return self.answer_reads(link, &request, &record, Vote::Prepared);
         }
         let large = part.parked.large_values();
-        let Survey { checks, prices } = self.survey(&record, &large);
+        let Survey {
+            checks,
+            prices,
+            copied_bytes,
+        } = self.survey(&record, &large);
         // Which of the two will be executed is not known here.
         let price = Price {
             charged_bytes: prices[0].charged_bytes.max(prices[1].charged_bytes),
             read_bytes: prices[0].read_bytes.max(prices[1].read_bytes),
         };
-        let vote = self.afford(price);
+        let vote = self.afford(price, copied_bytes[0].max(copied_bytes[1]));
         if vote == Vote::Prepared {
             part.reserved = price.charged_bytes;
         }
@@ -309,6 +338,8 @@ impl Engine {
             part.attempt += 1;
             part.voted = false;
             self.prepare(id, part);
+        } else {
+            self.shards.budget.release_when_measured(part.parked.charged_bytes);
         }
     }
 
@@ -332,6 +363,7 @@ impl Engine {
         let mut survey = Survey {
             checks: vec![],
             prices: [Price::default(); 2],
+            copied_bytes: [0; 2],
         };
         let mut members = with_large(record.members, large);
         loop {
@@ -340,16 +372,20 @@ impl Engine {
                 return survey;
             }
             for (member, value) in window {
-                let price = match member.role {
+                let of = match member.role {
                     Role::Check => {
                         let held = self.shards.holds(member.shard, member.hash, &member.check(), self.now);
                         survey.checks.push(held);
                         continue;
                     }
-                    Role::Success => &mut survey.prices[0],
-                    Role::Failure => &mut survey.prices[1],
+                    Role::Success => 0,
+                    Role::Failure => 1,
                 };
-                *price += self.shards.price(member.shard, member.hash, &member.command(value));
+                let price = self.shards.price(member.shard, member.hash, &member.command(value));
+                survey.prices[of] += price;
+                if price.read_bytes < LARGE_VALUE_BYTES as u64 {
+                    survey.copied_bytes[of] += price.read_bytes as usize;
+                }
             }
         }
     }
@@ -361,20 +397,43 @@ impl Engine {
         let vote_at = replies.flat.len();
         push_vote(&mut replies.flat, vote, 0, &[]);
         let flat = replies.flat.len();
-        let read_bytes = self.execute_members(link, request, record, &[], Role::Success, 0);
-        let bytes_max = self.config.limits.response_bytes_max();
+        let (refusal, read_bytes) = self.read_members(link, request, record);
         let replies = self.links[link].replies();
-        if read_bytes <= bytes_max {
-            amend_vote(&mut replies.flat, vote_at, vote, read_bytes);
-        } else {
+        if refusal.is_some() {
             replies.truncate(flat);
-            amend_vote(&mut replies.flat, vote_at, Vote::TooLarge, read_bytes);
         }
+        amend_vote(&mut replies.flat, vote_at, refusal.unwrap_or(vote), read_bytes);
         self.links[link].finish_reply(start);
     }
 
-    /// Executes the commands of one role, for which `reserved` bytes were set aside, and adds their results to the reply. Returns
-    /// how many bytes of values are in those.
+    /// Reads what a part asks for, and adds it to the reply. Returns why it stopped, if it did, and how many bytes of values it read.
+    fn read_members(&mut self, link: usize, request: &Request<'_>, record: &PartRecord<'_>) -> (Option<Vote>, u64) {
+        let bytes_max = self.config.limits.response_bytes_max();
+        let start = self.links[link].replies().flat.len();
+        let (mut read_bytes, mut charged_bytes) = (0, 0);
+        let mut members = with_large(record.members, &[]);
+        loop {
+            let window = self.look_ahead(&mut members);
+            if window.is_empty() {
+                return (None, read_bytes);
+            }
+            read_bytes += self.execute_window(link, request, window);
+            if read_bytes > bytes_max {
+                self.release_unsent(link, charged_bytes);
+                return (Some(Vote::TooLarge), read_bytes);
+            }
+            let replies = self.links[link].replies();
+            let copied_bytes = replies.flat.len() - start;
+            let has_grown = copied_bytes <= REUSED_BYTES_MAX || replies.try_reserve(WINDOW * LARGE_VALUE_BYTES);
+            if !has_grown || !self.charge_reply(link, copied_bytes, &mut charged_bytes) {
+                self.release_unsent(link, charged_bytes);
+                self.metrics.counters.out_of_memory += 1;
+                return (Some(Vote::NoMemory), read_bytes);
+            }
+        }
+    }
+
+    /// Executes the commands of one role, for which `reserved` bytes were set aside, and adds their results to the reply.
     fn execute_members(
         &mut self,
         link: usize,
@@ -383,13 +442,12 @@ impl Engine {
         large: &[Bytes],
         role: Role,
         reserved: usize,
-    ) -> u64 {
+    ) {
         if record.scope == Scope::Store {
             self.flush_at = None;
             self.shards.flush(self.now, &mut self.metrics.counters);
-            return 0;
+            return;
         }
-        let mut read_bytes = 0;
         self.shards.budget.use_reserved(reserved);
         self.shards.budget.set_unlimited(true);
         let mut members = with_large(record.members, large).filter(|(member, _)| member.role == role);
@@ -398,16 +456,28 @@ impl Engine {
             if window.is_empty() {
                 break;
             }
-            for (member, value) in window {
-                let start = begin_result(self.links[link].replies());
-                let command = member.command(value);
-                let (protocol, shape) = (request.protocol, &request.shape);
-                let target = Target::Link(link);
-                read_bytes += self.execute(member.shard, member.hash, &command, protocol, shape, target) as u64;
-                finish_result(self.links[link].replies(), start);
-            }
+            self.execute_window(link, request, window);
         }
         self.shards.budget.set_unlimited(false);
+        self.charge_batch(link, Direction::Replies);
+    }
+
+    /// Executes commands and adds their results to the reply. Returns how many bytes of values are in those.
+    fn execute_window<'a>(
+        &mut self,
+        link: usize,
+        request: &Request<'_>,
+        window: ArrayVec<(Member<'a>, Option<&'a Bytes>), WINDOW>,
+    ) -> u64 {
+        let mut read_bytes = 0;
+        for (member, value) in window {
+            let start = begin_result(self.links[link].replies());
+            let command = member.command(value);
+            let (protocol, shape) = (request.protocol, &request.shape);
+            let target = Target::Link(link);
+            read_bytes += self.execute(member.shard, member.hash, &command, protocol, shape, target) as u64;
+            finish_result(self.links[link].replies(), start);
+        }
         read_bytes
     }
 }

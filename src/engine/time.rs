@@ -10,6 +10,7 @@ impl Engine {
         let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
         self.ticked_ms = self.now.0;
         self.shards.tick(passed_ms, self.now, &mut self.metrics.counters);
+        self.publish();
         if self.core.0 == 0 && self.flush_at.is_some_and(|at| at <= self.now) {
             self.flush_at = None;
             self.flush_by_time();
@@ -42,7 +43,7 @@ impl Engine {
             if session.blocked == Blocked::No {
                 self.advance_input(&mut session, id, None);
             }
-            self.sessions.put_back(id, session);
+            self.put_back(id, session);
         }
         self.settle();
     }
@@ -66,13 +67,18 @@ impl Engine {
             let stuck = write_ms > 0
                 && !session.output.is_empty()
                 && self.now.0.saturating_sub(session.last_sent_ms) >= write_ms;
-            let transacts = session.open_txn.is_some();
             if (idle || stuck) && !session.close_told {
                 self.metrics.counters.connections_timed_out += 1;
                 self.failed(id);
-            } else if transacts && let Some(mut session) = self.sessions.take(id) {
+            } else if let Some(mut session) = self.sessions.take(id) {
                 self.doom_if_silent(&mut session);
-                self.sessions.restore(id, session);
+                self.check_half_sent(&mut session);
+                self.recharge_exactly(&mut session);
+                if session.closing {
+                    self.put_back(id, session);
+                } else {
+                    self.sessions.restore(id, session);
+                }
             }
         }
     }

@@ -15,7 +15,6 @@
 use super::{Buffered, Decoded, Decoder, Env, Shape, Step, TxnResults};
 use crate::encoding::Rope;
 use crate::model::{Command, Delete, Op, Put, Reply, TxnEnd, Value};
-use std::fmt::Write;
 
 /// Where a connection stands.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,9 +37,16 @@ mod kind {
     pub(super) const CHECKED_GET: u32 = 4;
 }
 
+/// What stands behind the version of a checked read.
+pub(super) const NOT_FOUND: u8 = 0;
+/// See [`NOT_FOUND`].
+pub(super) const FOUND: u8 = 1;
+const NOT_READ: u8 = 2;
+
 const OK: &[u8] = b"{\"status\": \"Ok\"}\n";
 const TOO_LONG: &str = "the line is too long";
 const NO_SUCH_KEY: &str = "there is no such key";
+pub(super) const NO_MEMORY: &str = "the server's memory limit is reached";
 /// Room in a line beside key and value: the verb, and blanks.
 const LINE_SLACK_BYTES: usize = 1024;
 
@@ -232,15 +238,37 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
             _ => 0,
         };
         out.push(&version.to_le_bytes());
-        out.push(&[u8::from(matches!(reply, Reply::Found(_)))]);
+        out.push(&[match reply {
+            Reply::Found(_) => FOUND,
+            Reply::NotFound => NOT_FOUND,
+            _ => NOT_READ,
+        }]);
     }
     match reply {
         Reply::Found(item) => push_value(item.value.bytes(), out),
         Reply::Stored(_) | Reply::Deleted(_) => out.push(OK),
         Reply::NotFound if shape.code == kind::DELETE => out.push(OK),
         Reply::NotFound => out.push(&error(NO_SUCH_KEY)),
-        Reply::OutOfMemory => out.push(&error("the server's memory limit is reached")),
+        Reply::OutOfMemory => out.push(&error(NO_MEMORY)),
         _ => out.push(&error("it could not be done")),
+    }
+}
+
+/// How many bytes the reply takes that a value is in, at the most.
+pub(super) fn copied_bytes(value: &[u8]) -> usize {
+    LINE_SLACK_BYTES + value.iter().map(|byte| escaped_bytes(*byte)).sum::<usize>()
+}
+
+/// How many bytes a byte of UTF-8 takes in a JSON string, at the most: six for each unit of UTF-16 that it begins, or goes on to
+/// a second one.
+fn escaped_bytes(byte: u8) -> usize {
+    match byte {
+        b'"' | b'\\' => 2,
+        b' '..=b'~' => 1,
+        // Behind the first of a character.
+        0x80..0xc0 => 0,
+        0xf0.. => 12,
+        _ => 6,
     }
 }
 
@@ -307,12 +335,10 @@ fn push_json_string(out: &mut Vec<u8>, text: &str) {
                 continue;
             }
             _ => {
-                let mut escaped = String::new();
                 for unit in character.encode_utf16(&mut units) {
-                    // Writing to memory does not fail.
-                    let _ = write!(escaped, "\\u{unit:04x}");
+                    let digit = |shift: u16| b"0123456789abcdef"[usize::from(*unit >> shift & 0xf)];
+                    out.extend_from_slice(&[b'\\', b'u', digit(12), digit(8), digit(4), digit(0)]);
                 }
-                out.extend_from_slice(escaped.as_bytes());
                 continue;
             }
         };
@@ -337,6 +363,8 @@ mod tests {
         ] {
             let mut out = vec![];
             push_json_string(&mut out, text);
+            let foreseen: usize = text.bytes().map(escaped_bytes).sum();
+            assert!(out.len() - 2 <= foreseen, "{text:?}");
             assert_eq!(String::from_utf8(out).unwrap(), json);
         }
     }

@@ -7,8 +7,9 @@
 mod meta;
 
 use super::{Decoded, Decoder, Env, Line, ServerFacts, Shape, Step, is_http, line, parse_i64, parse_u64, words};
+use crate::config::Eviction;
 use crate::encoding::{Rope, push_decimal};
-use crate::metrics::{Metrics, Report};
+use crate::metrics::{Counters, Metrics, Report};
 use crate::model::{
     Broadcast, Class, Combine, Command, Condition, CoreId, Deadline, Delete, GetEffects, Increment, LARGE_VALUE_BYTES,
     NewVersion, Op, Put, Reply, UnixMillis, Value, Version,
@@ -764,10 +765,24 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("bytes", c.item_bytes),
         ("curr_items", c.items),
         ("total_items", c.items_written),
-        ("evictions", 0),
         ("expired", c.expired),
-        ("bytes_charged", c.charged_bytes),
+        ("evictions", evictions(c)),
+        ("evicted_unfetched", c.evicted_unread),
+        ("evicted_new", c.evicted_new),
+        ("evicted_old", c.evicted_old),
+        ("evicted_ahead", c.evicted_ahead),
+        ("evicted_within_2m", c.evicted_within_2m),
+        ("evicted_within_1h", c.evicted_within_1h),
+        ("evicted_within_1d", c.evicted_within_1d),
+        ("evicted_later", c.evicted_later),
+        ("bytes_payload", c.payload_bytes),
         ("bytes_items_resident", c.item_resident_bytes),
+        ("bytes_index", c.index_bytes),
+        ("bytes_order", c.order_bytes),
+        ("bytes_lingering", c.lingering_bytes),
+        ("bytes_connections", c.connection_bytes),
+        ("bytes_charged", c.charged_bytes),
+        ("bytes_other", c.other_bytes),
         ("bytes_resident", server.process.resident_bytes),
         ("requests", c.requests),
         ("requests_forwarded", c.forwarded),
@@ -780,6 +795,20 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
     ] {
         stat(out, name, value);
     }
+    let item_bytes = c.item_resident_bytes + c.index_bytes + c.order_bytes;
+    let overhead = item_bytes.saturating_sub(c.payload_bytes) as f64 / c.items.max(1) as f64;
+    stat(out, "overhead_per_item", format_args!("{overhead:.1}"));
+    let fragmentation = c.item_resident_bytes as f64 / c.item_bytes.max(1) as f64;
+    stat(out, "fragmentation", format_args!("{fragmentation:.3}"));
+    stat(out, "hit_ratio", format_args!("{:.4}", hit_ratio(c)));
+}
+
+fn evictions(counters: &Counters) -> u64 {
+    counters.evicted_new + counters.evicted_old
+}
+
+fn hit_ratio(counters: &Counters) -> f64 {
+    counters.get_hits as f64 / (counters.get_hits + counters.get_misses).max(1) as f64
 }
 
 fn stats_items(sum: &Metrics, out: &mut Rope) {
@@ -791,7 +820,8 @@ fn stats_items(sum: &Metrics, out: &mut Rope) {
     for (name, value) in [
         ("number", c.items),
         ("mem_requested", c.item_bytes),
-        ("evicted", 0),
+        ("evicted", evictions(c)),
+        ("evicted_unfetched", c.evicted_unread),
         ("outofmemory", c.out_of_memory),
         ("reclaimed", c.expired),
     ] {
@@ -833,14 +863,26 @@ fn stats_cores(cores: &[(CoreId, Metrics)], out: &mut Rope) {
             ("credit_waits", c.credit_waits),
             ("items", c.items),
             ("bytes", c.item_bytes),
+            ("item_resident_bytes", c.item_resident_bytes),
             ("index_bytes", c.index_bytes),
+            ("order_bytes", c.order_bytes),
+            ("lingering_bytes", c.lingering_bytes),
+            ("connection_bytes", c.connection_bytes),
+            ("charged_bytes", c.charged_bytes),
+            ("evictions", evictions(c)),
             ("turns", c.turns),
         ] {
             stat(out, format_args!("{id}:{name}"), value);
         }
         let idle = c.idle_ns as f64 / c.uptime_ns.max(1) as f64;
         stat(out, format_args!("{id}:idle_share"), format_args!("{idle:.4}"));
+        stat(out, format_args!("{id}:hit_ratio"), format_args!("{:.4}", hit_ratio(c)));
     }
+}
+
+/// What a connection is told before it is closed because there is no memory for its request.
+pub(super) fn out_of_memory() -> &'static [u8] {
+    b"SERVER_ERROR out of memory reading request\r\n"
 }
 
 /// Encodes `stats settings`.
@@ -855,7 +897,9 @@ pub(super) fn encode_settings(server: &ServerFacts<'_>, out: &mut Rope) {
     stat(out, "tcpport", port);
     stat(out, "udpport", 0);
     stat(out, "inter", address);
-    stat(out, "evictions", "off");
+    let evicts = limits.eviction != Eviction::None;
+    stat(out, "evictions", if evicts { "on" } else { "off" });
+    stat(out, "eviction_policy", limits.eviction);
     stat(
         out,
         "shutdown_command",

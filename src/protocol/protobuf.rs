@@ -970,9 +970,19 @@ pub(super) fn encode_topology(shape: &Shape<'_>, server: &ServerFacts<'_>, out: 
 
 /// What a connection over the limit is told.
 pub(super) fn refusal() -> Vec<u8> {
+    last_words(Code::Unavailable, "too many open connections")
+}
+
+/// What a connection is told before it is closed because there is no memory for its request.
+pub(super) fn out_of_memory() -> Vec<u8> {
+    last_words(Code::OutOfMemory, "the server's memory limit is reached")
+}
+
+/// A response to no request in particular.
+fn last_words(code: Code, message: &str) -> Vec<u8> {
     let response = Response {
-        code: Code::Unavailable.into(),
-        message: "too many open connections".to_owned(),
+        code: code.into(),
+        message: message.to_owned(),
         ..Response::default()
     };
     response.encode_length_delimited_to_vec()

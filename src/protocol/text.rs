@@ -122,6 +122,11 @@ pub(super) fn with_value<'a>(header: &'a [u8], value: &'a Bytes, rest: &'a [u8],
     }
 }
 
+/// What a connection is told before it is closed because there is no memory for its request.
+pub(super) fn out_of_memory() -> &'static [u8] {
+    b"NOT-STORED\r\n"
+}
+
 /// See [`Decoder::without_memory`].
 pub(super) fn without_memory<'a>(header: &'a [u8], _env: &Env<'a>) -> Step<'a> {
     let header = header.trim_ascii_end();

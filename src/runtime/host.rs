@@ -119,33 +119,6 @@ pub(super) fn probe() -> Result<(), StartError> {
     })
 }
 
-/// Three quarters of the memory this process may use: of its cgroup's limit, or of the machine.
-pub(super) fn default_memory_limit() -> u64 {
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
-        line.split_whitespace()
-            .nth(1)?
-            .parse::<u64>()
-            .ok()
-            .map(|kib| kib * 1024)
-    });
-    let own_group = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
-        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
-        number(&format!("/sys/fs/cgroup{path}/memory.max"))
-    });
-    let groups = [
-        own_group,
-        number("/sys/fs/cgroup/memory.max"),
-        number("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        machine,
-    ];
-    // A machine that does not say how much it has gets a limit that fits nearly all.
-    let available = groups.into_iter().flatten().min().unwrap_or(1 << 30);
-    // In whole megabytes, for people to read.
-    (available / 4 * 3) >> 20 << 20
-}
-
 /// A number that nobody can guess.
 pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
@@ -153,8 +126,8 @@ pub(super) fn random() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
 }
 
-/// CPU time and memory of this process.
-pub(super) fn process_facts() -> ProcessFacts {
+/// CPU time of this process, and its memory.
+pub(super) fn process_facts(resident_bytes: u64) -> ProcessFacts {
     // SAFETY: an all-zero `rusage` is valid; the kernel fills it.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
@@ -162,14 +135,10 @@ pub(super) fn process_facts() -> ProcessFacts {
         usage
     };
     let microseconds = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
-    let pages = std::fs::read_to_string("/proc/self/statm").ok();
-    let resident = pages.and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok());
-    // SAFETY: no pointers.
-    let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
     ProcessFacts {
         pid: std::process::id(),
         user_us: microseconds(usage.ru_utime),
         system_us: microseconds(usage.ru_stime),
-        resident_bytes: resident.unwrap_or(0) * page_bytes,
+        resident_bytes,
     }
 }

@@ -12,7 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-const BUFFER_BYTES: usize = 8192;
+/// A receive buffer.
+pub(super) const BUFFER_BYTES: usize = 8192;
 const BUFFER_GROUP: u16 = 1;
 const SUBMISSIONS: u32 = 1024;
 const COMPLETIONS: u32 = 8192;

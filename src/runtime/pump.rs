@@ -5,6 +5,7 @@
 //! network ring: one system call submits what is queued and waits for whatever comes first. The pump is the executor's only
 //! task; one that brings others (see decision 1) must let glommio's reactor share the sleep.
 
+use super::memory::Watch;
 use super::mesh::{Handoff, Mesh};
 use super::net::{self, Accepted, Net};
 use super::{Shared, allocator, host};
@@ -71,9 +72,12 @@ impl Spin {
     }
 }
 
-/// Gives memory back when a core has nothing to do after it had. Not earlier: it looks at the whole heap.
+/// Gives memory back when a core has nothing to do after it had, or is asked to. Not more often: it looks at the whole heap.
 #[derive(Default)]
 struct Tidier {
+    /// How often it was asked to when it last did, and when it may again.
+    asked: u32,
+    rests_until_ns: u64,
     /// Bytes received and sent when memory was last given back, and at the last look.
     tidied_bytes: u64,
     seen_bytes: u64,
@@ -84,6 +88,8 @@ impl Tidier {
     /// Traffic of less than this leaves nothing worth looking for.
     const TRAFFIC_BYTES_MIN: u64 = 1 << 20;
     const IDLE_NS_MIN: u64 = 1_000_000_000;
+    /// It takes no more than this part of a core's time, however often it is asked for.
+    const REST_FACTOR: u64 = 20;
 
     fn idle(&mut self, engine: &mut Engine, now_ns: u64) {
         let counters = &engine.metrics.counters;
@@ -97,6 +103,19 @@ impl Tidier {
             engine.free_spare_buffers();
             allocator::give_back();
         }
+    }
+
+    fn asked(&mut self, by: &Watch, engine: &mut Engine, clock: &Clock) {
+        let began_ns = clock.now_ns();
+        if began_ns < self.rests_until_ns {
+            return;
+        }
+        self.asked = by.asked();
+        engine.free_spare_buffers();
+        allocator::give_back();
+        by.gave_back();
+        let took_ns = clock.now_ns() - began_ns;
+        self.rests_until_ns = began_ns + took_ns * Self::REST_FACTOR;
     }
 }
 
@@ -160,10 +179,14 @@ pub(super) async fn run(
         {
             break;
         }
+        shared.memory.look(now_ns);
+        if shared.memory.asked() != tidier.asked {
+            tidier.asked(&shared.memory, &mut engine, &clock);
+        }
         if now_ns >= facts_at_ns {
             facts_at_ns = now_ns + PROCESS_FACTS_PERIOD_NS;
             clock.follow_wall();
-            engine.set_process_facts(host::process_facts());
+            engine.set_process_facts(host::process_facts(shared.memory.resident_bytes()));
         }
         glommio::yield_if_needed().await;
 
@@ -200,7 +223,7 @@ fn is_quiet(net: &mut Net, mesh: &Mesh, engine: &Engine) -> bool {
 /// Gives a new connection to the core that has the fewest, unless it came to this one's own port; or refuses it.
 fn accept(engine: &mut Engine, net: &mut Net, mesh: &mut Mesh, shared: &Shared, accepted: Accepted) {
     let limit = engine.config().limits.connections_max;
-    if shared.connections.fetch_add(1, Ordering::Relaxed) >= limit {
+    if shared.connections.fetch_add(1, Ordering::Relaxed) >= limit || engine.refuses_connections() {
         shared.connections.fetch_sub(1, Ordering::Relaxed);
         engine.metrics.counters.connections_refused += 1;
         return net::refuse(&accepted.socket, &protocol::refusal(accepted.protocol));

@@ -1403,8 +1403,8 @@ def test_protobuf_responses_over_their_limit(cores):
 @on_cores(1, 2, 8)
 def test_protobuf_no_memory(cores):
     """A key's result without memory, or the whole message's; then reading and deleting go on, and there is memory again."""
-    with Server(cores, "--max-memory", "8m", "--shards", str(cores)) as server, Connection(server.protobuf) as connection:
-        keys, codes = [b"large-%d" % number for number in range(40)], collections.Counter()
+    with Server(cores, "--max-memory", "64m", "--shards", str(cores)) as server, Connection(server.protobuf) as connection:
+        keys, codes = [b"large-%d" % number for number in range(250)], collections.Counter()
         kept = []
         for key in keys:
             answer, pong, got = connection.ask(
@@ -1420,7 +1420,7 @@ def test_protobuf_no_memory(cores):
             if not code:
                 kept.append(key)
         equal({code for code, _ in codes}, {"CODE_OK", "CODE_OUT_OF_MEMORY"}, str(codes))
-        # for so large a message there is none at any time
+        # for so large a message there is none now
         message = pb.Set(entries=[entry(b"part-%d" % number, bytes(MEBIBYTE)) for number in range(12)])
         refused, pong = connection.ask(pb.Message(id=8, set=message), pb.Message(id=9, ping=pb.Ping()))
         equal((refused.id, refused.code, refused.message != "", pong.id), (8, pb.CODE_OUT_OF_MEMORY, True, 9))

@@ -170,11 +170,11 @@ fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool, bool) {
     }
     let tight = !tame && random.chance(25);
     if tight {
-        // What empty cores are charged, and a little.
+        // What empty cores are charged, and a little: for connections, and for data.
         let names: Vec<&str> = options.iter().map(String::as_str).collect();
         let (engines, _) = super::support::engines(cores as u16, &names);
         let empty: u64 = engines.iter().map(Engine::charged_bytes).sum();
-        options.push(format!("--max-memory={}", empty as usize + random.between(100, 12_000)));
+        options.push(format!("--max-memory={}", empty as usize + random.between(100, 40_000)));
         if random.chance(50) {
             options.push(format!("--response-bytes-max={}", random.between(20, 6000)));
         }

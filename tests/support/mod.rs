@@ -87,6 +87,12 @@ impl World {
         }
     }
 
+    /// What is charged to the memory limit, but for connections.
+    pub fn charged(&self) -> u64 {
+        let charged = |engine: &Engine| engine.charged_bytes() - engine.connection_bytes();
+        self.engines.iter().map(charged).sum()
+    }
+
     pub fn connect(&mut self, core: u16, protocol: Protocol) -> Client {
         let id = self.engines[usize::from(core)].opened(protocol, "test".to_owned());
         let client = Client { core, id };
