@@ -272,6 +272,18 @@ pub struct TxnResults {
     pub commands: usize,
 }
 
+impl TxnResults {
+    /// There was no memory for it. `commands`: how many there were for success.
+    pub fn without_memory(commands: usize) -> Self {
+        Self {
+            end: TxnEnd::OutOfMemory,
+            checks: vec![],
+            replies: Rope::default(),
+            commands,
+        }
+    }
+}
+
 /// Encodes the reply to a transaction.
 pub fn encode_txn(protocol: Protocol, shape: &Shape<'_>, results: TxnResults, out: &mut Rope) {
     match protocol {

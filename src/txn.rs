@@ -335,6 +335,20 @@ impl Coordinator {
         })
     }
 
+    /// It changes nothing.
+    pub(crate) fn only_reads(&self) -> bool {
+        self.scope == Scope::Reads
+    }
+
+    /// What is said in place of what it has read, when there is no memory to put that together.
+    pub(crate) fn refuse(self) -> TxnResults {
+        TxnResults::without_memory(self.commands())
+    }
+
+    fn commands(&self) -> usize {
+        self.order.iter().filter(|(role, _)| *role == Role::Success).count()
+    }
+
     /// What came of it.
     pub(crate) fn finish(mut self) -> TxnResults {
         let Phase::Decide(end) = self.phase else {
@@ -375,7 +389,7 @@ impl Coordinator {
             end,
             checks,
             replies,
-            commands: self.order.iter().filter(|(role, _)| *role == Role::Success).count(),
+            commands: self.commands(),
         }
     }
 }

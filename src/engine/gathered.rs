@@ -199,17 +199,9 @@ impl Engine {
     #[cold]
     fn refuse_txn(&mut self, session: &mut Session, placed: &[Placed<'_>], shape: &Shape<'_>) {
         self.metrics.counters.out_of_memory += 1;
-        let commands = placed
-            .iter()
-            .filter(|placed| placed.wish.role() == Role::Success)
-            .count();
-        let results = TxnResults {
-            end: TxnEnd::OutOfMemory,
-            checks: vec![],
-            replies: Rope::default(),
-            commands,
-        };
+        let commands = placed.iter().filter(|placed| placed.wish.role() == Role::Success);
         let mut reply = Rope::default();
+        let results = TxnResults::without_memory(commands.count());
         protocol::encode_txn(session.protocol, shape, results, &mut reply);
         self.answer(session, &reply.flat);
     }
@@ -246,9 +238,11 @@ impl Engine {
                 }
             }
         }
+        let gathered_bytes = session.gathered_bytes;
         let Some(gather) = session.take_gathered(number) else {
             return;
         };
+        let (has_room, charged_bytes) = self.charge_gathered(gathered_bytes);
         let mut reply = Rope::default();
         let (code, text) = (gather.shape().code, gather.shape().text.to_vec());
         let shape = Shape { code, text: &text };
@@ -262,7 +256,12 @@ impl Engine {
                     let report = Report::Done;
                     protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
                 } else {
-                    let mut results = coordinator.finish();
+                    let mut results = if has_room || !coordinator.only_reads() {
+                        coordinator.finish()
+                    } else {
+                        self.metrics.counters.out_of_memory += 1;
+                        coordinator.refuse()
+                    };
                     let reads = session.open_txn.is_some() && results.end == TxnEnd::Success;
                     if reads && protocol::carries_version(session.protocol, &shape) {
                         self.note_read(session, &shape, &mut results);
@@ -273,6 +272,7 @@ impl Engine {
         }
         let metrics = &mut self.metrics;
         session.fill_gathered(number, reply, |slot| count_answered(metrics, slot));
+        self.release_gathered(charged_bytes);
     }
 
     /// The age of what begins now: no two are the same.

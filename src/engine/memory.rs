@@ -255,6 +255,25 @@ impl Engine {
         self.see_shortage();
     }
 
+    /// Charges what it takes to put together what has been gathered: it is there twice more for a moment. Returns whether there was
+    /// room, and what was charged.
+    pub(super) fn charge_gathered(&mut self, gathered_bytes: usize) -> (bool, usize) {
+        if gathered_bytes <= REUSED_BYTES_MAX {
+            return (true, 0);
+        }
+        let bytes = 2 * gathered_bytes;
+        let has_room = self.pool.has_room(bytes);
+        self.shards.budget.charge_always(bytes);
+        (has_room, bytes)
+    }
+
+    /// What had been gathered is put together.
+    pub(super) fn release_gathered(&mut self, charged_bytes: usize) {
+        if charged_bytes > 0 {
+            self.shards.budget.release_when_measured(charged_bytes);
+        }
+    }
+
     /// There is room for what a reply copies that is yet to be made.
     pub(super) fn has_room_for_reply(&self, copied_bytes: usize) -> bool {
         copied_bytes <= LARGE_VALUE_BYTES || self.pool.has_room(copied_bytes.saturating_mul(REPLY_COPIES))

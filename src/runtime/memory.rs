@@ -21,7 +21,7 @@ const GIVE_BACK_PERIOD_NS: u64 = 100_000_000;
 const GIVE_BACK_AGAIN_NS: u64 = 5_000_000_000;
 
 /// What is kept for connections is this part of the limit, and no more than so much.
-const RESERVE_SHARE: u64 = 12;
+const RESERVE_SHARE: u64 = 8;
 const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
 /// What a core has besides its receive buffers: stacks, rings, histograms, an empty table.

@@ -156,6 +156,15 @@ def raises(kind, function, *args, **kwargs):
     raise AssertionError(f"no {kind.__name__} from {function.__name__}")
 
 
+def until(condition, what):
+    """Waits for what must come within seconds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"it does not happen: {what}")
+        time.sleep(0.01)
+
+
 def settled(server, limit):
     """The server's memory falls below the limit within seconds."""
     deadline = time.monotonic() + 10
