@@ -140,7 +140,7 @@ fn memory_is_compared() {
 /// A server that refuses some of the keys is not compared, and it is said why.
 #[test]
 fn a_server_that_is_full_has_no_memory_to_compare() {
-    let (server, address) = server(Protocol::Memcached, "24m");
+    let (server, address) = server(Protocol::Memcached, "32m");
     let plan = plan(10_000, SizeSpec::Fixed(3000));
     assert_eq!(memory_mib(&plan.base, 4096), Ok(4096));
     assert!(memory_mib(&plan.base, 1).unwrap() > 30);
