@@ -165,8 +165,8 @@ fn wide_reads_need_room() {
         }
         leave(&mut world, RESERVE);
         assert_eq!(
-            codes(&mut world, &names[..50]),
-            [Code::Ok; 50],
+            codes(&mut world, &names[..20]),
+            [Code::Ok; 20],
             "for these there is room"
         );
         world.pool.set_other(0);

@@ -403,7 +403,7 @@ mod tests {
             "nothing has changed: somebody has set it meanwhile"
         );
         own.follow(now(400 << 20));
-        assert_eq!((own.pool.limit(), own.pool.reserve()), (300 << 20, (300 << 20) / 12));
+        assert_eq!((own.pool.limit(), own.pool.reserve()), (300 << 20, (300 << 20) / 8));
         let given = watch(500, true);
         given.follow(now(1 << 20));
         assert_eq!(given.pool.limit(), 500);
@@ -432,7 +432,7 @@ mod tests {
         watch.gave_back();
         assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1, "that much stays");
         assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1);
-        assert_eq!(see(full + (2 << 20), GIVE_BACK_PERIOD_NS), 2, "it grows");
+        assert_eq!(see(full + (3 << 20), GIVE_BACK_PERIOD_NS), 2, "it grows");
         (0..2).for_each(|_| watch.gave_back());
         assert_eq!(see(full, GIVE_BACK_AGAIN_NS), 2);
         assert_eq!(see(full, GIVE_BACK_AGAIN_NS), 3);
