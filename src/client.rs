@@ -15,6 +15,8 @@
 //!     text: Some(Listen::Off),
 //!     protobuf: "127.0.0.1:0".parse()?,
 //!     json_line: Listen::Off,
+//!     http: Listen::Off,
+//!     grpc: Listen::Off,
 //!     ..Config::default()
 //! };
 //! let server = Server::start(config)?;

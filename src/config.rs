@@ -156,6 +156,14 @@ pub struct Config {
     #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:9888")]
     pub json_line: Listen,
 
+    /// Where HTTP clients connect, and browsers: keys, metrics, and a page about the server.
+    #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:8080")]
+    pub http: Listen,
+
+    /// Where gRPC clients connect.
+    #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:7000")]
+    pub grpc: Listen,
+
     /// One more protobuf port for each core, on the same address: core N serves BASE + N alone, so that a client which knows
     /// the topology reaches the owner of a key without a detour. 0 lets the system choose the ports.
     #[arg(long, value_name = "BASE")]

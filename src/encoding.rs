@@ -80,6 +80,14 @@ impl Rope {
         Some(splice)
     }
 
+    /// The same, but only if it stands at `at`.
+    pub fn take_splice_at(&mut self, at: usize) -> Option<Splice> {
+        match self.splices.front() {
+            Some(splice) if splice.at == at => self.take_splice(),
+            _ => None,
+        }
+    }
+
     /// Bytes of the values that were added by reference.
     #[inline]
     pub fn spliced_bytes(&self) -> usize {

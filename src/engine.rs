@@ -225,7 +225,7 @@ impl Engine {
         // Rows that are loaded are not requests.
         let counters = &mut Counters::default();
         match self.shards.execute(shard.0, place.hash, &command, self.now, counters) {
-            Reply::Stored(_) => Loaded::Stored,
+            Reply::Stored { .. } => Loaded::Stored,
             _ => Loaded::OutOfMemory,
         }
     }

@@ -17,6 +17,8 @@
 //!     text: Some(Listen::Off),
 //!     protobuf: Listen::Off,
 //!     json_line: Listen::Off,
+//!     http: Listen::Off,
+//!     grpc: Listen::Off,
 //!     ..Config::default()
 //! };
 //! let server = Server::start(config)?;

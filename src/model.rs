@@ -331,15 +331,21 @@ pub struct Transaction<'a> {
 
 /// How a [`Transaction`] ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum TxnEnd {
     /// All checks held.
-    Success,
+    Success = 0,
     /// One did not.
     Failure,
     /// There was not enough memory within the limit. Nothing was executed.
     OutOfMemory,
     /// The values it would read are too large together. Nothing was executed.
     TooLarge,
+}
+
+impl TxnEnd {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [TxnEnd; 4] = [TxnEnd::Success, TxnEnd::Failure, TxnEnd::OutOfMemory, TxnEnd::TooLarge];
 }
 
 /// A request that concerns every shard.
@@ -398,8 +404,13 @@ pub enum Reply<'a> {
     Found(ItemView<'a>),
     /// The key has no item.
     NotFound,
-    /// Written; the version is 0 unless it was given by this write.
-    Stored(Version),
+    /// Written.
+    Stored {
+        /// 0 unless it was given by this write.
+        version: Version,
+        /// The key had no item before.
+        created: bool,
+    },
     /// The condition on presence did not hold.
     NotStored,
     /// The condition on the version did not hold.

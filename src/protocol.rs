@@ -4,6 +4,7 @@
 //! `encode` turns a [`Reply`] into bytes. What the codec must remember between the two travels with the command as a
 //! [`Shape`], opaque to everything in between, so the core that owns a key encodes the reply, wherever the connection is.
 
+pub mod call;
 pub mod json_line;
 pub mod memcached;
 pub mod protobuf;
@@ -29,20 +30,26 @@ pub enum Protocol {
     Protobuf = 2,
     /// The JSON-line protocol: commands as lines, answers as JSON, transactions built up command by command.
     JsonLine = 3,
+    /// HTTP: its handlers make calls.
+    Http = 4,
+    /// gRPC: the same.
+    Grpc = 5,
 }
 
 impl Protocol {
     /// All protocols, in the order of their numbers.
-    pub const ALL: [Protocol; 4] = [
+    pub const ALL: [Protocol; 6] = [
         Protocol::Memcached,
         Protocol::Text,
         Protocol::Protobuf,
         Protocol::JsonLine,
+        Protocol::Http,
+        Protocol::Grpc,
     ];
 
     /// The name in options, logs and statistics.
     pub fn name(self) -> &'static str {
-        ["memcached", "text", "protobuf", "json-line"][self as usize]
+        ["memcached", "text", "protobuf", "json-line", "http", "grpc"][self as usize]
     }
 }
 
@@ -172,6 +179,8 @@ pub enum Decoder {
     Protobuf,
     /// See [`json_line`].
     JsonLine(json_line::State),
+    /// See [`call`].
+    Call,
 }
 
 impl Decoder {
@@ -182,6 +191,7 @@ impl Decoder {
             Protocol::Text => Decoder::Text(text::State::default()),
             Protocol::Protobuf => Decoder::Protobuf,
             Protocol::JsonLine => Decoder::JsonLine(json_line::State::default()),
+            Protocol::Http | Protocol::Grpc => Decoder::Call,
         }
     }
 
@@ -193,6 +203,7 @@ impl Decoder {
             Decoder::Text(state) => text::step(state, input, env),
             Decoder::Protobuf => protobuf::step(input, env),
             Decoder::JsonLine(state) => json_line::step(state, input, env),
+            Decoder::Call => call::step(input, env),
         }
     }
 
@@ -203,6 +214,7 @@ impl Decoder {
             Decoder::Memcached(_) => memcached::with_value(header, value, rest, env),
             Decoder::Text(_) => text::with_value(header, value, rest, env),
             Decoder::Protobuf => protobuf::with_value(header, value, env),
+            Decoder::Call => call::with_value(header, value),
             Decoder::JsonLine(_) => unreachable!("its lines announce no values"),
         }
     }
@@ -213,6 +225,7 @@ impl Decoder {
             Decoder::Memcached(_) => memcached::without_memory(header, env),
             Decoder::Text(_) => text::without_memory(header, env),
             Decoder::Protobuf => protobuf::without_memory(header, env),
+            Decoder::Call => call::without_memory(header, env),
             Decoder::JsonLine(_) => unreachable!("its lines announce no values"),
         }
     }
@@ -256,6 +269,7 @@ pub fn encode(protocol: Protocol, shape: &Shape<'_>, key: &[u8], reply: &Reply<'
         Protocol::Text => text::encode(shape, key, reply, out),
         Protocol::Protobuf => protobuf::encode(shape, reply, out),
         Protocol::JsonLine => json_line::encode(shape, reply, out),
+        Protocol::Http | Protocol::Grpc => call::encode(reply, out),
     }
 }
 
@@ -290,6 +304,7 @@ pub fn encode_txn(protocol: Protocol, shape: &Shape<'_>, results: TxnResults, ou
         Protocol::Memcached | Protocol::Text => {}
         Protocol::Protobuf => protobuf::encode_txn(shape, results, out),
         Protocol::JsonLine => json_line::encode_txn(shape, results, out),
+        Protocol::Http | Protocol::Grpc => call::encode_txn(results, out),
     }
 }
 
@@ -319,6 +334,7 @@ pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, ser
         Protocol::Text => text::encode_report(out),
         Protocol::Protobuf => protobuf::encode_report(shape, report, server, out),
         Protocol::JsonLine => {}
+        Protocol::Http | Protocol::Grpc => call::encode_report(shape, report, server, out),
     }
 }
 
@@ -326,7 +342,7 @@ pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, ser
 pub fn encode_about(protocol: Protocol, shape: &Shape<'_>, server: &ServerFacts<'_>, out: &mut Rope) {
     match protocol {
         Protocol::Memcached => memcached::encode_settings(server, out),
-        Protocol::Text | Protocol::JsonLine => {}
+        Protocol::Text | Protocol::JsonLine | Protocol::Http | Protocol::Grpc => {}
         Protocol::Protobuf => protobuf::encode_topology(shape, server, out),
     }
 }
@@ -352,6 +368,7 @@ pub fn out_of_memory(protocol: Protocol) -> Vec<u8> {
         Protocol::Text => text::out_of_memory().to_vec(),
         Protocol::Protobuf => protobuf::out_of_memory(),
         Protocol::JsonLine => json_line::error(json_line::NO_MEMORY),
+        Protocol::Http | Protocol::Grpc => vec![],
     }
 }
 
@@ -362,6 +379,7 @@ pub fn refusal(protocol: Protocol) -> Vec<u8> {
         Protocol::Text => vec![],
         Protocol::Protobuf => protobuf::refusal(),
         Protocol::JsonLine => json_line::error("too many open connections"),
+        Protocol::Http | Protocol::Grpc => vec![],
     }
 }
 

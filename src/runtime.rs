@@ -132,6 +132,8 @@ impl Server {
                 Protocol::Text => config.text = Some(Listen::At(*address)),
                 Protocol::Protobuf => config.protobuf = Listen::At(*address),
                 Protocol::JsonLine => config.json_line = Listen::At(*address),
+                Protocol::Http => config.http = Listen::At(*address),
+                Protocol::Grpc => config.grpc = Listen::At(*address),
             }
         }
         host::check_open_files(config.limits.connections_max, cores);

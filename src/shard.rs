@@ -397,7 +397,10 @@ impl Shard {
             }
         };
         match written {
-            Ok(_) => Reply::Stored(version),
+            Ok(_) => Reply::Stored {
+                version,
+                created: old.is_none(),
+            },
             Err(OutOfMemory) => Reply::OutOfMemory,
         }
     }

@@ -143,6 +143,8 @@ fn the_sum_never_changes() {
         memcached: Listen::Off,
         text: Some(Listen::Off),
         json_line: Listen::Off,
+        http: Listen::Off,
+        grpc: Listen::Off,
         protobuf: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()
     };

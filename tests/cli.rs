@@ -20,6 +20,8 @@ fn start() -> (Server, SocketAddr) {
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
         json_line: "127.0.0.1:0".parse().unwrap(),
+        http: "127.0.0.1:0".parse().unwrap(),
+        grpc: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()
     };
     let server = Server::start(config).unwrap();
@@ -35,6 +37,8 @@ fn start_protobuf() -> (Server, String) {
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
         json_line: "127.0.0.1:0".parse().unwrap(),
+        http: "127.0.0.1:0".parse().unwrap(),
+        grpc: "127.0.0.1:0".parse().unwrap(),
         core_ports: Some(0),
         token_seed: Some(77),
         ..Config::default()

@@ -22,6 +22,8 @@ fn config(cores: u16, core_ports: bool) -> Config {
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
         json_line: "127.0.0.1:0".parse().unwrap(),
+        http: "127.0.0.1:0".parse().unwrap(),
+        grpc: "127.0.0.1:0".parse().unwrap(),
         core_ports: core_ports.then_some(0),
         ..Config::default()
     }

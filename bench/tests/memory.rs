@@ -28,6 +28,8 @@ fn server(protocol: Protocol, max_memory: &str) -> (Server, SocketAddr) {
         text: Some(listen(Protocol::Text)),
         protobuf: listen(Protocol::Protobuf),
         json_line: listen(Protocol::JsonLine),
+        http: Listen::Off,
+        grpc: Listen::Off,
         ..Config::default()
     };
     config.limits.max_memory = Some(max_memory.parse().unwrap());

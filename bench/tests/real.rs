@@ -30,6 +30,8 @@ fn server(core_ports: Option<u16>) -> (Server, SocketAddr) {
         text: Some(Listen::Off),
         protobuf: "127.0.0.1:0".parse().unwrap(),
         json_line: "127.0.0.1:0".parse().unwrap(),
+        http: "127.0.0.1:0".parse().unwrap(),
+        grpc: "127.0.0.1:0".parse().unwrap(),
         core_ports,
         ..Config::default()
     })

@@ -246,7 +246,7 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
     }
     match reply {
         Reply::Found(item) => push_value(item.value.bytes(), out),
-        Reply::Stored(_) | Reply::Deleted(_) => out.push(OK),
+        Reply::Stored { .. } | Reply::Deleted(_) => out.push(OK),
         Reply::NotFound if shape.code == kind::DELETE => out.push(OK),
         Reply::NotFound => out.push(&error(NO_SUCH_KEY)),
         Reply::OutOfMemory => out.push(&error(NO_MEMORY)),

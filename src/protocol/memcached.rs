@@ -652,7 +652,7 @@ fn encode_line(kind: u32, reply: &Reply<'_>, out: &mut Rope) {
     }
     out.push(match reply {
         Reply::Counted(..) => b"\r\n",
-        Reply::Stored(_) => b"STORED\r\n",
+        Reply::Stored { .. } => b"STORED\r\n",
         Reply::NotStored => b"NOT_STORED\r\n",
         Reply::VersionMismatch => b"EXISTS\r\n",
         Reply::NotFound => b"NOT_FOUND\r\n",

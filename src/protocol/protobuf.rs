@@ -746,7 +746,7 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
             }
             result.version = item.version.0;
         }
-        Reply::Stored(version) => result.version = version.0,
+        Reply::Stored { version, .. } => result.version = version.0,
         Reply::Deleted(_) | Reply::Touched | Reply::Counted(..) => {}
         Reply::NotFound if shape.code & 0xff == kind::SET || shape.code & CONDITIONAL != 0 => {
             result.code = Code::ConditionFailed

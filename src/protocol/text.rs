@@ -142,7 +142,7 @@ pub(super) fn encode(_shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, out: &mu
     let value = match reply {
         Reply::Found(item) => item.value,
         Reply::NotFound => Value::Small(&[]),
-        Reply::Stored(_) => return out.push(b"STORED\r\n"),
+        Reply::Stored { .. } => return out.push(b"STORED\r\n"),
         _ => return out.push(NOT_STORED),
     };
     out.push(b"VALUE ");

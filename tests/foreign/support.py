@@ -25,7 +25,8 @@ MEBIBYTE = 1 << 20
 
 
 # The default ports may be in use.
-ON_FREE_PORTS = ["--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0", "--protobuf", "127.0.0.1:0", "--json-line", "127.0.0.1:0"]
+ON_FREE_PORTS = ["--memcached", "127.0.0.1:0", "--text", "127.0.0.1:0", "--protobuf", "127.0.0.1:0", "--json-line", "127.0.0.1:0",
+                 "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
 
 
 class Server:

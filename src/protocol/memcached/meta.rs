@@ -433,15 +433,15 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
             return;
         }
         (kind::META_GET, Reply::NotFound) if quiet => return,
-        (_, Reply::Stored(_) | Reply::Deleted(_)) if quiet => return,
+        (_, Reply::Stored { .. } | Reply::Deleted(_)) if quiet => return,
         (kind::META_GET | kind::META_DEBUG, Reply::NotFound) => b"EN",
         (kind::META_SET, Reply::NotFound) if shape.code & MUST_EXIST != 0 => b"NS",
         (_, Reply::NotFound) => b"NF",
-        (kind::META_SET, Reply::Stored(version)) => {
+        (kind::META_SET, Reply::Stored { version, .. }) => {
             facts.version = Some(*version);
             b"HD"
         }
-        (_, Reply::Stored(_) | Reply::Deleted(_)) => b"HD",
+        (_, Reply::Stored { .. } | Reply::Deleted(_)) => b"HD",
         (_, Reply::NotStored | Reply::TooLarge) => b"NS",
         (kind, Reply::VersionMismatch) => {
             facts.version = (kind == kind::META_SET).then_some(Version(0));
