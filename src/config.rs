@@ -97,7 +97,7 @@ impl std::fmt::Display for Bytes {
     }
 }
 
-fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let units = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)];
     let (digits, factor) = units
         .iter()
@@ -159,6 +159,11 @@ pub struct Config {
     /// Where HTTP clients connect, and browsers: keys, metrics, and a page about the server.
     #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:8080")]
     pub http: Listen,
+
+    /// Names by which HTTP clients may address the server to write, beside localhost and addresses. A web page elsewhere could
+    /// have its own name lead here.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub http_hosts: Vec<String>,
 
     /// Where gRPC clients connect.
     #[arg(long, value_name = "HOST:PORT|off", default_value = "127.0.0.1:7000")]

@@ -15,15 +15,18 @@ use crate::metrics::{Counters, Metrics, Prefixes};
 use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
 use crate::protocol::{self, Decoded, Env, ProcessFacts, Protocol, Shape, Step};
-use crate::session::{Blocked, Incoming, Session, Slot};
+pub use crate::session::Notice;
+use crate::session::{Blocked, End, Incoming, Session, Slot};
 use crate::sessions::Sessions;
 use crate::shards::Shards;
 use ahash::AHashMap;
 use bumpalo::Bump;
 use bytes::Bytes;
+pub use calls::{Read, Written};
 use std::cell::OnceCell;
 use std::sync::Arc;
 
+mod calls;
 mod gathered;
 mod interactive;
 mod links;
@@ -47,6 +50,17 @@ pub struct Wants {
     pub close: bool,
     /// It is to be read.
     pub read: bool,
+    /// What its handler is to be told, when it has one.
+    pub notice: Notice,
+}
+
+impl Wants {
+    const NOTHING: Self = Self {
+        send: false,
+        close: false,
+        read: false,
+        notice: Notice::Nothing,
+    };
 }
 
 /// What came of a row that was to be loaded.
@@ -207,6 +221,16 @@ impl Engine {
         self.stop_asked
     }
 
+    /// The turn's time.
+    pub fn now(&self) -> UnixMillis {
+        self.now
+    }
+
+    /// The configuration, to keep.
+    pub fn shared_config(&self) -> Arc<Config> {
+        self.config.clone()
+    }
+
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
@@ -235,14 +259,23 @@ impl Engine {
     /// A connection was accepted. The number names it until [`Engine::closed`].
     pub fn opened(&mut self, protocol: Protocol, peer: String) -> u32 {
         self.metrics.counters.connections_opened += 1;
-        self.sessions.add(Session::new(protocol, peer, self.now.0))
+        let mut session = Session::new(protocol, peer, self.now.0);
+        if protocol.has_handlers() {
+            session.end = End::Handled;
+            session.notice = Notice::Opened(protocol);
+        }
+        self.sessions.add(session)
     }
 
     /// The connection's socket is closed and no operation on it is under way.
     pub fn closed(&mut self, id: u32) {
-        let Some(mut session) = self.sessions.take(id) else {
-            return;
-        };
+        if let Some(session) = self.sessions.take(id) {
+            self.end_session(id, session);
+        }
+    }
+
+    /// Forgets a session as soon as nothing is on its way to it any more.
+    fn end_session(&mut self, id: u32, mut session: Box<Session>) {
         session.gone = true;
         session.closing = true;
         self.give_credits_back(&mut session);
@@ -277,6 +310,15 @@ impl Engine {
             self.sessions.restore(id, session);
             return;
         }
+        if session.end == End::Handled {
+            return self.received_for_handler(id, session, bytes);
+        }
+        self.take_in(id, session, bytes);
+    }
+
+    /// Decodes and executes what came, and keeps what cannot be yet.
+    #[inline]
+    fn take_in(&mut self, id: u32, mut session: Box<Session>, bytes: &[u8]) {
         if session.input.is_empty() {
             let used = self.advance(&mut session, id, bytes, None);
             if used < bytes.len() && !session.closing {
@@ -328,7 +370,9 @@ impl Engine {
             return;
         };
         session.ended = true;
-        if session.blocked == Blocked::No {
+        if session.end == End::Handled {
+            session.tell();
+        } else if session.blocked == Blocked::No {
             session.closing = true;
         }
         self.put_back(id, session);
@@ -341,6 +385,7 @@ impl Engine {
         };
         session.closing = true;
         session.gone = true;
+        session.tell();
         // Bytes that a send is under way with must keep their place until it is done.
         session.output.filling.clear(0);
         self.put_back(id, session);
@@ -361,6 +406,11 @@ impl Engine {
             self.keep_buffer(buffer);
         }
         self.resume_own(&mut session, id);
+        if session.wants_room {
+            session.wants_room = false;
+            session.tell();
+            more = true;
+        }
         more |= !session.output.is_empty();
         if more {
             self.put_back(id, session);
@@ -716,7 +766,7 @@ impl Engine {
                     return Outcome::NotYet;
                 }
                 // A delayed one was counted when it was asked for.
-                self.metrics.counters.flushes += u64::from(!session.internal);
+                self.metrics.counters.flushes += u64::from(session.end != End::Core);
             }
             Decoded::Broadcast(broadcast, shape) => {
                 // One at a time: a report is large, and all cores work for it.
@@ -863,29 +913,41 @@ impl Engine {
     /// What the connection needs. Says "close" once.
     #[inline]
     pub fn wants(&mut self, id: u32) -> Wants {
-        let nothing = Wants {
-            send: false,
-            close: false,
-            read: false,
-        };
         let Some(session) = self.sessions.get_mut(id) else {
-            return nothing;
+            return Wants::NOTHING;
         };
+        let notice = std::mem::replace(&mut session.notice, Notice::Nothing);
+        if session.end == End::Caller {
+            let notice = match session.is_answered() {
+                true => Notice::Progress,
+                false => Notice::Nothing,
+            };
+            return Wants {
+                notice,
+                ..Wants::NOTHING
+            };
+        }
         if session.close_told {
-            return nothing;
+            return Wants::NOTHING;
         }
         let said_all = session.closing && session.in_flight() == 0 && session.output.is_empty();
         if session.gone || said_all {
             session.close_told = true;
-            return Wants { close: true, ..nothing };
+            return Wants {
+                close: true,
+                notice,
+                ..Wants::NOTHING
+            };
         }
         session.paused = session.closing
             || session.ended
-            || session.blocked != Blocked::No && session.input.len() as u64 >= self.config.limits.input_bytes_max.0;
+            || (session.blocked != Blocked::No || session.end == End::Handled)
+                && session.input.len() as u64 >= self.config.limits.input_bytes_max.0;
         Wants {
             send: session.sends_now(),
             close: false,
             read: !session.paused,
+            notice,
         }
     }
 
@@ -919,7 +981,7 @@ impl Engine {
     pub fn is_quiet(&self) -> bool {
         self.sessions
             .iter()
-            .all(|(_, session)| (session.output_bytes() == 0 || session.internal) && session.in_flight() == 0)
+            .all(|(_, session)| (session.output_bytes() == 0 || session.end == End::Core) && session.in_flight() == 0)
             && self.links.iter().all(Link::is_quiet)
             && self.locks.is_empty()
             && self.parts.is_empty()

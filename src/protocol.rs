@@ -47,6 +47,12 @@ impl Protocol {
         Protocol::Grpc,
     ];
 
+    /// Handlers of the runtime read and write its bytes, and make calls.
+    #[inline]
+    pub fn has_handlers(self) -> bool {
+        matches!(self, Protocol::Http | Protocol::Grpc)
+    }
+
     /// The name in options, logs and statistics.
     pub fn name(self) -> &'static str {
         ["memcached", "text", "protobuf", "json-line", "http", "grpc"][self as usize]
@@ -368,7 +374,7 @@ pub fn out_of_memory(protocol: Protocol) -> Vec<u8> {
         Protocol::Text => text::out_of_memory().to_vec(),
         Protocol::Protobuf => protobuf::out_of_memory(),
         Protocol::JsonLine => json_line::error(json_line::NO_MEMORY),
-        Protocol::Http | Protocol::Grpc => vec![],
+        Protocol::Http | Protocol::Grpc => call::out_of_memory(),
     }
 }
 

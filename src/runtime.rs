@@ -5,7 +5,10 @@
 //! network ring ([`net`]), the channels to other cores ([`mesh`]) and the core's [`Engine`].
 
 mod allocator;
+mod calls;
+mod gateway;
 mod host;
+mod http;
 mod load;
 mod memory;
 mod mesh;
@@ -44,6 +47,8 @@ impl std::error::Error for StartError {}
 #[derive(Debug)]
 struct Shared {
     stop: AtomicBool,
+    /// What there was to load is loaded.
+    ready: AtomicBool,
     /// Cores that owe nobody anything any more while the server stops.
     quiet_cores: AtomicU16,
     /// Open connections on all cores, for the limit.
@@ -142,6 +147,7 @@ impl Server {
         let peers = Arc::new(peers.map_err(|error| StartError(format!("no eventfd: {error}")))?);
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
             quiet_cores: AtomicU16::new(0),
             connections: AtomicU32::new(0),
             peers: peers.clone(),
@@ -184,6 +190,7 @@ impl Server {
         };
         match boot.finish(|| sockets.iter().try_for_each(listen)) {
             Ok(loaded) => {
+                server.shared.ready.store(true, Ordering::Relaxed);
                 server.loaded = loaded;
                 Ok(server)
             }
@@ -472,6 +479,8 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
         (Protocol::Text, text),
         (Protocol::Protobuf, config.protobuf),
         (Protocol::JsonLine, config.json_line),
+        (Protocol::Http, config.http),
+        (Protocol::Grpc, config.grpc),
     ];
     for (protocol, listen) in shared_by_all {
         let Listen::At(mut address) = listen else { continue };

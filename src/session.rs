@@ -34,6 +34,26 @@ enum SlotState {
     Gathering(Box<Gather>),
 }
 
+/// Who is at the other end of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// A socket whose requests are decoded here.
+    Client,
+    /// A socket whose bytes a handler of the runtime reads and writes.
+    Handled,
+    /// A handler that makes calls. There is no socket.
+    Caller,
+    /// The core itself, which reads no answers. There is no socket.
+    Core,
+}
+
+impl End {
+    /// There is a socket.
+    pub(crate) fn is_connection(self) -> bool {
+        matches!(self, End::Client | End::Handled)
+    }
+}
+
 /// Why a connection's requests are not begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Blocked {
@@ -43,6 +63,17 @@ pub(crate) enum Blocked {
     Credit(u16),
     /// Its own limit, of requests in flight or bytes waiting, is reached.
     Own,
+}
+
+/// What a handler of the runtime is to be told of its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// Nothing.
+    Nothing,
+    /// It is a new connection of this protocol: a handler is to begin.
+    Opened(Protocol),
+    /// What the handler waits for may have come.
+    Progress,
 }
 
 /// A large value on its way in.
@@ -85,8 +116,11 @@ pub(crate) struct Session {
     pub(crate) gathered_bytes: usize,
     /// What is charged to the memory limit for it.
     pub(crate) charged: usize,
-    /// It serves the core itself and has no socket.
-    pub(crate) internal: bool,
+    pub(crate) end: End,
+    /// The handler at the other end has something to do, and was not told.
+    pub(crate) notice: Notice,
+    /// That handler waits for room in the output.
+    pub(crate) wants_room: bool,
     pub(crate) output: Output,
     replies: Replies,
     pub(crate) blocked: Blocked,
@@ -127,7 +161,9 @@ impl Session {
             gathering: 0,
             gathered_bytes: 0,
             charged: 0,
-            internal: false,
+            end: End::Client,
+            notice: Notice::Nothing,
+            wants_room: false,
             output: Output::default(),
             replies: Replies::default(),
             blocked: Blocked::No,
@@ -183,6 +219,26 @@ impl Session {
             + held.touched_bytes()
             + whole_bytes
             + self.gathered_bytes
+    }
+
+    /// Has the handler told that what it waits for may have come.
+    pub(crate) fn tell(&mut self) {
+        if self.notice == Notice::Nothing && self.end == End::Handled {
+            self.notice = Notice::Progress;
+        }
+    }
+
+    /// When its client last did something that counts: one that a handler serves may just listen.
+    pub(crate) fn last_active_ms(&self) -> u64 {
+        match self.end {
+            End::Handled => self.last_received_ms.max(self.last_sent_ms),
+            _ => self.last_received_ms,
+        }
+    }
+
+    /// A call is answered, completely.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.in_flight() == 0 && self.incoming.is_none() && !self.output.filling.is_empty()
     }
 
     /// How many replies are missing or stand behind a missing one.

@@ -15,7 +15,7 @@ pub(crate) struct Sessions {
 impl Sessions {
     /// Takes a session in. The number names it until it is forgotten.
     pub(crate) fn add(&mut self, session: Session) -> u32 {
-        self.connections += u64::from(!session.internal);
+        self.connections += u64::from(session.end.is_connection());
         let session = Some(Box::new(session));
         match self.free.pop() {
             Some(id) => {
@@ -85,10 +85,10 @@ impl Sessions {
         }
     }
 
-    /// Its socket is closed. The session is forgotten when its last reply has come.
+    /// Its socket is closed, or its caller is gone. The session is forgotten when its last reply has come.
     pub(crate) fn close(&mut self, id: u32, mut session: Box<Session>) {
         session.socket_closed = true;
-        self.connections -= 1;
+        self.connections -= u64::from(session.end.is_connection());
         self.restore(id, session);
         self.forget_if_done(id);
     }

@@ -347,7 +347,7 @@ impl Engine {
                 let shown = self
                     .sessions
                     .iter()
-                    .filter(|(_, session)| !session.gone && !session.internal);
+                    .filter(|(_, session)| !session.gone && session.end.is_connection());
                 let facts = shown.map(|(id, session)| self.connection_facts(id, session));
                 Report::Connections(facts.collect())
             }

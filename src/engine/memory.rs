@@ -11,7 +11,7 @@ use crate::encoding::{REUSED_BYTES_MAX, Rope};
 use crate::link::{Batch, Direction};
 use crate::model::{LARGE_VALUE_BYTES, Reply};
 use crate::protocol::{self, Protocol};
-use crate::session::{Blocked, Session};
+use crate::session::{Blocked, End, Session};
 
 /// A session stays charged for buffers that it has given back, up to this: it will have them again in a moment.
 const CHARGE_SLACK_BYTES: usize = 32 * 1024;
@@ -110,7 +110,7 @@ impl Engine {
     }
 
     fn charge_session(&mut self, session: &mut Session, bytes: usize) {
-        if session.internal || session.socket_closed {
+        if session.end == End::Core || session.socket_closed {
             // Nobody makes it grow.
             return;
         }
@@ -204,7 +204,11 @@ impl Engine {
     #[cold]
     fn give_up(&mut self, session: &mut Session) {
         self.metrics.counters.out_of_memory += 1;
-        self.answer(session, &protocol::out_of_memory(session.protocol));
+        if session.end == End::Handled {
+            session.tell();
+        } else {
+            self.answer(session, &protocol::out_of_memory(session.protocol));
+        }
         session.closing = true;
         session.input = vec![];
     }

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use crate::protocol::Protocol;
-use crate::session::{Blocked, Session};
+use crate::session::{Blocked, End, Session};
 
 impl Engine {
     /// Work that time brings, a bounded piece of it.
@@ -27,7 +27,7 @@ impl Engine {
             Some(id) => id,
             None => {
                 let mut session = Session::new(Protocol::Text, "internal".to_owned(), self.now.0);
-                session.internal = true;
+                session.end = End::Core;
                 // There is nothing for the runtime to do about it.
                 session.listed = true;
                 self.sessions.add(session)
@@ -57,13 +57,13 @@ impl Engine {
         let idle_ms = self.config.limits.idle_timeout.as_millis() as u64;
         let write_ms = self.config.limits.write_timeout.as_millis() as u64;
         for id in self.sessions.ids() {
-            let Some(session) = self.sessions.get_mut(id).filter(|session| !session.internal) else {
+            let Some(session) = self.sessions.get_mut(id).filter(|session| session.end.is_connection()) else {
                 continue;
             };
             let idle = idle_ms > 0
                 && session.output_bytes() == 0
                 && session.in_flight() == 0
-                && self.now.0.saturating_sub(session.last_received_ms) >= idle_ms;
+                && self.now.0.saturating_sub(session.last_active_ms()) >= idle_ms;
             let stuck = write_ms > 0
                 && !session.output.is_empty()
                 && self.now.0.saturating_sub(session.last_sent_ms) >= write_ms;

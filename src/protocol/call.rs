@@ -158,11 +158,9 @@ pub(super) fn with_value<'a>(header: &'a [u8], value: &'a Bytes) -> Step<'a> {
 
 /// See [`Decoder::without_memory`]: the value is not sent after this answer.
 pub(super) fn without_memory<'a>(header: &'a [u8], env: &Env<'a>) -> Step<'a> {
-    let mut answer = Rope::default();
-    encode(&Reply::OutOfMemory, &mut answer);
     let mut reader = Reader(&header[HEAD_BYTES..]);
     Step {
-        decoded: Decoded::Refused(env.arena.alloc_slice_copy(&answer.flat)),
+        decoded: Decoded::Refused(env.arena.alloc_slice_copy(&out_of_memory())),
         used: header.len(),
         swallow: reader.u32() as usize,
         next: Decoder::Call,
@@ -177,10 +175,10 @@ pub enum Outcome {
     Done = 0,
     /// The key has no item.
     NotFound,
-    /// The condition did not hold.
-    ConditionFailed,
     /// No memory within the limit.
     OutOfMemory,
+    /// The condition did not hold.
+    ConditionFailed,
     /// The result would be too large.
     TooLarge,
 }
@@ -189,8 +187,8 @@ impl Outcome {
     const ALL: [Outcome; 5] = [
         Outcome::Done,
         Outcome::NotFound,
-        Outcome::ConditionFailed,
         Outcome::OutOfMemory,
+        Outcome::ConditionFailed,
         Outcome::TooLarge,
     ];
 }
@@ -221,6 +219,14 @@ pub struct TxnAnswer {
     pub checks: Vec<bool>,
     /// The answers to what was executed, in order.
     pub answers: Vec<Answer>,
+}
+
+/// What a call is told that there was no memory to take in.
+pub(super) fn out_of_memory() -> Vec<u8> {
+    const { assert!(Outcome::OutOfMemory as u8 == TxnEnd::OutOfMemory as u8) };
+    let mut answer = Rope::default();
+    encode(&Reply::OutOfMemory, &mut answer);
+    answer.flat
 }
 
 /// Encodes the reply to a command.
@@ -330,6 +336,14 @@ pub fn read_answer(rope: Rope) -> (Answer, Vec<u8>) {
 pub fn read_txn_answer(rope: Rope) -> TxnAnswer {
     let mut all = Answers { rope, at: 0 };
     let end = TxnEnd::ALL[usize::from(all.bytes(1)[0])];
+    if end == TxnEnd::OutOfMemory {
+        // It may be what any call is told: see [`out_of_memory`].
+        return TxnAnswer {
+            end,
+            checks: vec![],
+            answers: vec![],
+        };
+    }
     let checks = Reader(all.bytes(4)).u32() as usize;
     let checks = all.bytes(checks).iter().map(|held| *held == 1).collect();
     let mut answers = vec![];

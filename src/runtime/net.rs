@@ -4,7 +4,8 @@
 //! the kernel picks from; sends are queued and submitted together with the wait for what comes next. All system calls of a
 //! busy core are one `io_uring_enter` per turn.
 
-use crate::engine::Engine;
+use super::gateway::Gateway;
+use crate::engine::{Engine, Notice};
 use crate::protocol::Protocol;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
@@ -456,16 +457,23 @@ impl Net {
         engine.needs_attention(number);
     }
 
-    /// Does what connections need: sends, arms, pauses, closes.
-    pub(super) fn look_after(&mut self, engine: &mut Engine) {
+    /// Does what connections need: sends, arms, pauses, closes. Tells the gateway what is its own.
+    pub(super) fn look_after(&mut self, engine: &mut Engine, gateway: &mut Gateway) {
         while let Some(number) = engine.attention() {
             let wants = engine.wants(number);
-            let connection = &self.connections[number as usize];
+            if wants.notice != Notice::Nothing {
+                gateway.notice(number, wants.notice);
+            }
+            // Calls have no sockets.
+            let Some(connection) = self.connections.get(number as usize) else {
+                continue;
+            };
             let (generation, fd) = (connection.generation, connection.fd());
             if connection.closing {
                 continue;
             }
             if wants.close {
+                gateway.closed(number);
                 self.close(engine, number);
                 continue;
             }

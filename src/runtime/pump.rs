@@ -3,8 +3,10 @@
 //! A turn: submit and collect (one system call), take in what other cores sent, hand completions to the engine, send batches
 //! to other cores, queue sends. When a turn brought nothing the core polls for a while, if it may, and then sleeps in its
 //! network ring: one system call submits what is queued and waits for whatever comes first. The pump is the executor's only
-//! task; one that brings others (see decision 1) must let glommio's reactor share the sleep.
+//! task; one that brings others (see decision 1) must let glommio's reactor share the sleep. Futures of connections that a
+//! library serves are polled by the pump itself: see [`super::gateway`].
 
+use super::gateway::Gateway;
 use super::memory::Watch;
 use super::mesh::{Handoff, Mesh};
 use super::net::{self, Accepted, Net};
@@ -128,7 +130,7 @@ const PROCESS_FACTS_PERIOD_NS: u64 = 1_000_000_000;
 
 /// Runs a core until the server stops.
 pub(super) async fn run(
-    mut engine: Engine,
+    engine: Engine,
     mut net: Net,
     mut mesh: Mesh,
     shared: Arc<Shared>,
@@ -144,7 +146,10 @@ pub(super) async fn run(
     let mut facts_at_ns = 0;
     let mut tidier = Tidier::default();
     let mut stopping: Option<Stopping> = None;
+    let mut gateway = Gateway::new(engine, shared.clone());
+    let cell = gateway.engine();
     loop {
+        let mut engine = cell.borrow_mut();
         // What a wait has brought is served first; it has submitted all there was, too.
         if !net.has_completed() {
             net.turn();
@@ -159,7 +164,14 @@ pub(super) async fn run(
             accept(engine, net, &mut mesh, &shared, accepted);
         });
         mesh.send(&mut engine);
-        net.look_after(&mut engine);
+        net.look_after(&mut engine, &mut gateway);
+        drop(engine);
+        while gateway.run() {
+            let mut engine = cell.borrow_mut();
+            mesh.send(&mut engine);
+            net.look_after(&mut engine, &mut gateway);
+        }
+        let mut engine = cell.borrow_mut();
         engine.end_turn(clock.now_ns());
         let closed = net.take_closed();
         if closed > 0 {
@@ -175,7 +187,7 @@ pub(super) async fn run(
             stopping = Some(Stopping::new());
         }
         if let Some(stopping) = &mut stopping
-            && stopping.is_done(&mut engine, &mut net, &shared)
+            && stopping.is_done(&mut engine, &mut net, &mut gateway, &shared)
         {
             break;
         }
@@ -188,7 +200,9 @@ pub(super) async fn run(
             clock.follow_wall();
             engine.set_process_facts(host::process_facts(shared.memory.resident_bytes()));
         }
+        drop(engine);
         glommio::yield_if_needed().await;
+        let mut engine = cell.borrow_mut();
 
         if is_quiet(&mut net, &mesh, &engine) {
             let idle_since_ns = clock.now_ns();
@@ -201,7 +215,8 @@ pub(super) async fn run(
                 tidier.idle(&mut engine, now_ns);
                 mesh.fall_asleep();
                 if is_quiet(&mut net, &mesh, &engine) && stopping.is_none() {
-                    net.wait(engine.has_background_work().then_some(BACKGROUND_PERIOD));
+                    let background = engine.has_background_work().then_some(BACKGROUND_PERIOD);
+                    net.wait([background, gateway.sleep_max()].into_iter().flatten().min());
                 }
                 mesh.wake_up();
             }
@@ -283,7 +298,7 @@ impl Stopping {
         }
     }
 
-    fn is_done(&mut self, engine: &mut Engine, net: &mut Net, shared: &Shared) -> bool {
+    fn is_done(&mut self, engine: &mut Engine, net: &mut Net, gateway: &mut Gateway, shared: &Shared) -> bool {
         let late = Instant::now() >= self.deadline;
         let listeners_closed = net.close_listeners();
         self.turns += 1;
@@ -292,6 +307,7 @@ impl Stopping {
         if self.turns > STOP_TURNS {
             // Each turn: a socket that another core handed over may come late.
             self.closing = true;
+            gateway.stop();
             engine.close_all();
         }
         if self.closing && !self.said_quiet && (late || net.open() == 0 && engine.is_quiet()) {

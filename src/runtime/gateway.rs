@@ -1,0 +1,427 @@
+//! Where waiting is allowed beside the pump: connections whose protocol a library speaks (HTTP, gRPC, through hyper), each a
+//! future on its core.
+//!
+//! The futures share the core's thread with the pump, which polls those that were woken once in each turn ([`Gateway::run`]).
+//! Their sockets are in the network ring like all others, and their bytes lie in the engine's session, so that limits,
+//! timeouts and the memory limit hold for them, too; [`Socket`] is hyper's view of that. The engine is borrowed for moments
+//! only, never across an await.
+
+use super::calls::Calls;
+use super::{Shared, http};
+use crate::engine::{Engine, Notice, Read, Written};
+use crate::protocol::Protocol;
+use futures_executor::{LocalPool, LocalSpawner};
+use futures_util::task::LocalSpawnExt;
+use hyper::rt::ReadBufCursor;
+use hyper::server::conn::http1;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+/// A client that takes longer than this from one request's end to the next one's headers is let go.
+const HEADERS_TIME_MAX: Duration = Duration::from_secs(30);
+/// The most bytes of a request's line and headers.
+pub(super) const HEAD_BYTES_MAX: usize = 64 * 1024;
+
+/// What the handlers of one core have in common.
+pub(super) struct Handlers {
+    pub(super) engine: Rc<RefCell<Engine>>,
+    pub(super) shared: Arc<Shared>,
+    /// By number of the session: who is to be woken when something happens to it.
+    wakers: RefCell<Vec<Option<Waker>>>,
+    /// By number of the session: connections that are open.
+    connections: RefCell<Vec<Option<Rc<Cell<bool>>>>>,
+    /// Calls that can be used again.
+    pub(super) idle_calls: RefCell<Vec<u32>>,
+    /// The server stops: connections end when what they do is done.
+    stopping: Cell<bool>,
+}
+
+impl Handlers {
+    /// Has the future woken that is polled now, when something happens to a session.
+    pub(super) fn wake_on(&self, id: u32, context: &Context<'_>) {
+        let mut wakers = self.wakers.borrow_mut();
+        let id = id as usize;
+        if wakers.len() <= id {
+            wakers.resize(id + 1, None);
+        }
+        match &mut wakers[id] {
+            Some(waker) => waker.clone_from(context.waker()),
+            none => *none = Some(context.waker().clone()),
+        }
+    }
+
+    /// The server stops.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.get()
+    }
+}
+
+/// One core's futures.
+pub(super) struct Gateway {
+    handlers: Rc<Handlers>,
+    pool: LocalPool,
+    spawner: LocalSpawner,
+    /// A future was woken, or begun, since they were polled.
+    is_woken: bool,
+}
+
+impl Gateway {
+    pub(super) fn new(engine: Engine, shared: Arc<Shared>) -> Self {
+        let pool = LocalPool::new();
+        let handlers = Handlers {
+            engine: Rc::new(RefCell::new(engine)),
+            shared,
+            wakers: RefCell::default(),
+            connections: RefCell::default(),
+            idle_calls: RefCell::default(),
+            stopping: Cell::new(false),
+        };
+        Self {
+            handlers: Rc::new(handlers),
+            spawner: pool.spawner(),
+            pool,
+            is_woken: false,
+        }
+    }
+
+    /// The engine, which nobody else may hold while futures are polled.
+    pub(super) fn engine(&self) -> Rc<RefCell<Engine>> {
+        self.handlers.engine.clone()
+    }
+
+    /// Tells the future that waits for a session, or begins the one that serves a new connection.
+    #[cold]
+    pub(super) fn notice(&mut self, id: u32, notice: Notice) {
+        match notice {
+            Notice::Nothing => return,
+            Notice::Progress => {
+                if let Some(Some(waker)) = self.handlers.wakers.borrow().get(id as usize) {
+                    waker.wake_by_ref();
+                }
+            }
+            Notice::Opened(protocol) => self.begin(id, protocol),
+        }
+        self.is_woken = true;
+    }
+
+    /// A connection is about to be closed: its number may soon name another one.
+    #[cold]
+    pub(super) fn closed(&mut self, id: u32) {
+        let open = self
+            .handlers
+            .connections
+            .borrow_mut()
+            .get_mut(id as usize)
+            .and_then(Option::take);
+        if let Some(open) = open {
+            open.set(false);
+            self.notice(id, Notice::Progress);
+            if let Some(waker) = self.handlers.wakers.borrow_mut().get_mut(id as usize) {
+                *waker = None;
+            }
+        }
+    }
+
+    fn begin(&mut self, id: u32, protocol: Protocol) {
+        let open = Rc::new(Cell::new(true));
+        {
+            let mut connections = self.handlers.connections.borrow_mut();
+            if connections.len() <= id as usize {
+                connections.resize(id as usize + 1, None);
+            }
+            connections[id as usize] = Some(open.clone());
+        }
+        let socket = Socket {
+            handlers: self.handlers.clone(),
+            id,
+            open,
+        };
+        let handlers = self.handlers.clone();
+        let begun = match protocol {
+            Protocol::Grpc => self
+                .spawner
+                .spawn_local(serve_grpc(handlers, socket, self.spawner.clone())),
+            _ => self.spawner.spawn_local(serve_http(handlers, socket)),
+        };
+        if begun.is_err() {
+            log::error!("a connection has no future: the pool is gone");
+        }
+    }
+
+    /// Polls the futures that were woken. False when there were none. The engine must not be borrowed.
+    pub(super) fn run(&mut self) -> bool {
+        let fired = TIMERS.with_borrow_mut(|timers| timers.fire());
+        if !std::mem::take(&mut self.is_woken) && !fired {
+            return false;
+        }
+        self.pool.run_until_stalled();
+        true
+    }
+
+    /// How long the core may sleep without missing a timer.
+    pub(super) fn sleep_max(&self) -> Option<Duration> {
+        TIMERS.with_borrow(Timers::next)
+    }
+
+    /// Has connections end when what they do is done.
+    pub(super) fn stop(&mut self) {
+        if !self.handlers.stopping.replace(true) {
+            let wakers = self.handlers.wakers.borrow();
+            wakers.iter().flatten().for_each(Waker::wake_by_ref);
+            self.is_woken = true;
+        }
+    }
+}
+
+/// Serves one HTTP connection.
+async fn serve_http(handlers: Rc<Handlers>, socket: Socket) {
+    let service = http::Service::new(Calls::new(handlers.clone(), Protocol::Http));
+    let connection = http1::Builder::new()
+        .timer(CoarseTimer)
+        .header_read_timeout(HEADERS_TIME_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .half_close(true)
+        .pipeline_flush(true)
+        .serve_connection(socket, service);
+    let mut connection = pin!(connection);
+    let mut told = false;
+    // What a client did wrong it was told, where it could be; a broken connection is not news.
+    let _ = std::future::poll_fn(|context| {
+        if handlers.is_stopping() && !std::mem::replace(&mut told, true) {
+            connection.as_mut().graceful_shutdown();
+        }
+        connection.as_mut().poll(context)
+    })
+    .await;
+}
+
+/// Serves one gRPC connection.
+async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawner) {
+    let _ = (handlers, socket, spawner);
+}
+
+/// A connection's bytes, as hyper reads and writes them. Dropping it closes the connection when all that was written is sent.
+struct Socket {
+    handlers: Rc<Handlers>,
+    id: u32,
+    /// The number still names this connection.
+    open: Rc<Cell<bool>>,
+}
+
+fn broken() -> io::Error {
+    io::ErrorKind::ConnectionReset.into()
+}
+
+impl Socket {
+    fn with_engine<R>(&self, act: impl FnOnce(&mut Engine) -> R) -> Option<R> {
+        self.open.get().then(|| act(&mut self.handlers.engine.borrow_mut()))
+    }
+
+    fn write(&self, context: &Context<'_>, pieces: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let written = self.with_engine(|engine| {
+            let mut taken = 0;
+            for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
+                match engine.write(self.id, piece) {
+                    Written::Taken(bytes) => {
+                        taken += bytes;
+                        if bytes < piece.len() {
+                            break;
+                        }
+                    }
+                    Written::Full if taken > 0 => break,
+                    written => return written,
+                }
+            }
+            Written::Taken(taken)
+        });
+        match written.unwrap_or(Written::Failed) {
+            Written::Taken(bytes) => Poll::Ready(Ok(bytes)),
+            Written::Full => {
+                self.handlers.wake_on(self.id, context);
+                Poll::Pending
+            }
+            Written::Failed => Poll::Ready(Err(broken())),
+        }
+    }
+}
+
+impl hyper::rt::Read for Socket {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, mut into: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        let room = into.remaining();
+        let read = self.with_engine(|engine| engine.read(self.id, room, |bytes| into.put_slice(bytes)));
+        match read.unwrap_or(Read::Failed) {
+            Read::Taken | Read::End => Poll::Ready(Ok(())),
+            Read::Nothing => {
+                self.handlers.wake_on(self.id, context);
+                Poll::Pending
+            }
+            Read::Failed => Poll::Ready(Err(broken())),
+        }
+    }
+}
+
+impl hyper::rt::Write for Socket {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.write(context, &[io::IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.write(context, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// What was written is sent by the end of the turn.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with_engine(|engine| engine.finish(self.id));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.with_engine(|engine| engine.finish(self.id));
+    }
+}
+
+/// Starts the futures that HTTP/2 streams are, on the core of their connection.
+#[derive(Clone)]
+struct Tasks(LocalSpawner);
+
+impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for Tasks {
+    fn execute(&self, future: F) {
+        // It fails only when the pool is gone, and with it all that could wait for the future.
+        let _ = self.0.spawn_local(future);
+    }
+}
+
+thread_local! {
+    /// This core's timers. They have no place in [`Handlers`], because hyper demands of a timer that it can move between threads;
+    /// these do not.
+    static TIMERS: RefCell<Timers> = const { RefCell::new(Timers::new()) };
+}
+
+/// Who is to be woken when.
+struct Timers {
+    /// By moment, and a number that keeps two of the same moment apart.
+    waiting: BTreeMap<(Instant, u64), Waker>,
+    last: u64,
+}
+
+impl Timers {
+    const fn new() -> Self {
+        Self {
+            waiting: BTreeMap::new(),
+            last: 0,
+        }
+    }
+
+    /// Wakes those whose moment has come; true if there were any.
+    fn fire(&mut self) -> bool {
+        if self.waiting.is_empty() {
+            return false;
+        }
+        let now = Instant::now();
+        let mut fired = false;
+        while let Some(first) = self.waiting.first_entry()
+            && first.key().0 <= now
+        {
+            first.remove().wake();
+            fired = true;
+        }
+        fired
+    }
+
+    fn next(&self) -> Option<Duration> {
+        let (moment, _) = self.waiting.first_key_value()?.0;
+        Some(moment.saturating_duration_since(Instant::now()))
+    }
+}
+
+/// A future that is ready from a moment on.
+pub(super) struct Sleep {
+    moment: Instant,
+    /// Its number among the timers of its core, while it waits.
+    number: Option<u64>,
+}
+
+/// Waits.
+pub(super) fn sleep(duration: Duration) -> Sleep {
+    Sleep {
+        moment: Instant::now() + duration,
+        number: None,
+    }
+}
+
+impl Sleep {
+    fn forget(&mut self) {
+        if let Some(number) = self.number.take() {
+            TIMERS.with_borrow_mut(|timers| timers.waiting.remove(&(self.moment, number)));
+        }
+    }
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if self.moment <= Instant::now() {
+            self.forget();
+            return Poll::Ready(());
+        }
+        TIMERS.with_borrow_mut(|timers| {
+            let number = *self.number.get_or_insert_with(|| {
+                timers.last += 1;
+                timers.last
+            });
+            timers.waiting.insert((self.moment, number), context.waker().clone());
+        });
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        self.forget();
+    }
+}
+
+impl hyper::rt::Sleep for Sleep {}
+
+/// hyper's timer: as exact as a sleeping core is.
+#[derive(Clone, Copy)]
+pub(super) struct CoarseTimer;
+
+impl hyper::rt::Timer for CoarseTimer {
+    fn sleep(&self, duration: Duration) -> Pin<Box<dyn hyper::rt::Sleep>> {
+        Box::pin(sleep(duration))
+    }
+
+    fn sleep_until(&self, moment: Instant) -> Pin<Box<dyn hyper::rt::Sleep>> {
+        Box::pin(Sleep { moment, number: None })
+    }
+
+    fn reset(&self, sleep: &mut Pin<Box<dyn hyper::rt::Sleep>>, moment: Instant) {
+        if let Some(mut sleep) = sleep.as_mut().downcast_mut_pin::<Sleep>() {
+            sleep.forget();
+            sleep.moment = moment;
+        }
+    }
+}
