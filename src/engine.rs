@@ -647,14 +647,17 @@ impl Engine {
         if let Some(prefixes) = &mut self.prefixes {
             prefixes.count(command, &reply);
         }
-        let out = match target {
-            Target::Output(out) => out,
-            Target::Link(link) => self.links[link].replies(),
+        let (out, forwarded) = match target {
+            Target::Output(out) => (out, false),
+            Target::Link(link) => (self.links[link].replies(), link != usize::from(self.core.0)),
         };
         if protocol::copies_large(protocol) && !memory::has_room_to_copy(&self.pool, protocol, &reply, out) {
             self.metrics.counters.out_of_memory += 1;
             reply = Reply::OutOfMemory;
         }
+        self.metrics
+            .operations
+            .count(protocol as usize, command, &reply, forwarded);
         protocol::encode(protocol, shape, command.key, &reply, self.now, out);
         match reply {
             Reply::Found(item) => item.value.bytes().len(),
@@ -684,6 +687,11 @@ impl Engine {
         }
     }
 
+    fn count_bad(&mut self, session: &Session) {
+        self.metrics.counters.bad_requests += 1;
+        self.metrics.operations.count_refused(session.protocol as usize);
+    }
+
     /// Does what a step that is no command asks for; `input` begins with its bytes.
     fn special(
         &mut self,
@@ -698,7 +706,7 @@ impl Engine {
             Decoded::Nothing => {}
             Decoded::Answer(answer) => self.answer(session, answer),
             Decoded::Refused(answer) => {
-                self.metrics.counters.bad_requests += 1;
+                self.count_bad(session);
                 self.metrics.counters.too_large += u64::from(step.swallow > 0);
                 self.answer(session, answer);
             }
@@ -762,7 +770,7 @@ impl Engine {
             }
             Decoded::Close(last_words) => {
                 if !last_words.is_empty() {
-                    self.metrics.counters.bad_requests += 1;
+                    self.count_bad(session);
                     self.answer(session, last_words);
                 }
                 session.closing = true;

@@ -335,6 +335,13 @@ impl Engine {
                 if self.core.0 == 0 {
                     // It is the process's, not a core's.
                     counters.other_bytes = self.pool.other();
+                    counters.process_cpu_us = self.process.user_us + self.process.system_us;
+                }
+                for link in &self.links {
+                    let (requests, bytes) = link.used_credit();
+                    counters.mesh_requests += u64::from(requests);
+                    counters.mesh_bytes += bytes;
+                    counters.mesh_waiting += link.waiting() as u64;
                 }
                 counters.uptime_ns = self.now_ns - self.started_ns;
                 Report::Metrics(vec![(self.core, metrics)])
