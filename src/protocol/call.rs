@@ -269,8 +269,10 @@ pub(super) fn encode_txn(results: TxnResults, out: &mut Rope) {
 /// Encodes the reply to a broadcast.
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     let Report::Metrics(cores) = report else { return };
-    let text = Text::ALL[shape.code as usize];
-    let _ = (cores, server, text, out);
+    match Text::ALL[shape.code as usize] {
+        Text::Prometheus | Text::OpenMetrics => {}
+        Text::Live => super::live::live(cores, server, &mut out.flat),
+    }
 }
 
 /// Reads answers out of a rope, front to back.
