@@ -2,14 +2,21 @@
 
 use super::{Protocol, ServerFacts};
 use crate::metrics::Metrics;
+use crate::metrics::hot_keys::HotKey;
 use crate::metrics::latency::{BOUNDS_NS, Durations};
 use crate::metrics::operations::Outcome;
+use crate::metrics::slow_log::SlowRequest;
 use crate::model::{Class, CoreId};
 use crate::partition::Partitioner;
 use serde::Serialize;
 
 /// More ranges are told by core: a strip that is drawn on a screen shows no more.
 const RANGES_MAX: usize = 256;
+/// Of the cores' hottest keys and slow requests together, so many are told: more than this nobody reads while they change.
+const HOT_KEYS_MAX: usize = 16;
+const SLOW_REQUESTS_MAX: usize = 16;
+/// So much of a long key is told.
+const KEY_BYTES_MAX: usize = 160;
 
 #[derive(Serialize)]
 struct Live<'a> {
@@ -25,6 +32,9 @@ struct Live<'a> {
     partitioning: &'a str,
     ranges: Vec<Range>,
     operations: Vec<Operation>,
+    hot_keys: Vec<Hot>,
+    slow_threshold_us: u64,
+    slow_log: Vec<Slow<'a>>,
 }
 
 /// In bytes.
@@ -102,6 +112,32 @@ struct Operation {
     misses: u64,
 }
 
+/// Of a core's recent requests: estimates.
+#[derive(Serialize)]
+struct Hot {
+    key: String,
+    core: u16,
+    per_second: u64,
+    writes_per_second: u64,
+    share: f64,
+}
+
+/// Requests that came together and took too long.
+#[derive(Serialize)]
+struct Slow<'a> {
+    at_ms: u64,
+    protocol: &'a str,
+    client: &'a str,
+    command: &'static str,
+    key: String,
+    core: u16,
+    requests: u32,
+    queue_us: u64,
+    hop_us: u64,
+    execute_us: u64,
+    flush_us: u64,
+}
+
 /// Writes it.
 pub(super) fn live(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mut Vec<u8>) {
     let mut sum = Metrics::without_latencies();
@@ -155,6 +191,9 @@ pub(super) fn live(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &
         },
         ranges: ranges(server),
         operations: operations(&sum),
+        hot_keys: hot_keys(cores),
+        slow_threshold_us: server.config.slow_log_threshold.as_micros() as u64,
+        slow_log: slow_log(cores),
     };
     serde_json::to_writer(out, &live).expect("all of it can be written to memory as JSON");
 }
@@ -221,4 +260,88 @@ fn operations(sum: &Metrics) -> Vec<Operation> {
         }
     }
     operations
+}
+
+/// The hottest of all cores' keys.
+fn hot_keys(cores: &[(CoreId, Metrics)]) -> Vec<Hot> {
+    let each = |(core, metrics): &'_ (CoreId, Metrics)| {
+        let core = *core;
+        metrics.hot_keys.iter().map(move |hot| (core, hot)).collect::<Vec<_>>()
+    };
+    let mut all: Vec<(CoreId, &HotKey)> = cores.iter().flat_map(each).collect();
+    all.sort_by_key(|(_, hot)| std::cmp::Reverse(hot.per_second));
+    all.truncate(HOT_KEYS_MAX);
+    all.into_iter()
+        .map(|(core, hot)| Hot {
+            key: readable(&hot.key, hot.key.len()),
+            core: core.0,
+            per_second: hot.per_second,
+            writes_per_second: hot.writes_per_second,
+            share: f64::from(hot.share_ppm) / 1e6,
+        })
+        .collect()
+}
+
+/// The newest of all cores' slow requests.
+fn slow_log(cores: &[(CoreId, Metrics)]) -> Vec<Slow<'_>> {
+    let mut all: Vec<(CoreId, &SlowRequest)> = vec![];
+    for (core, metrics) in cores {
+        all.extend(metrics.slow_log.iter().map(|slow| (*core, slow)));
+    }
+    all.sort_by_key(|(_, slow)| std::cmp::Reverse(slow.at_ms));
+    all.truncate(SLOW_REQUESTS_MAX);
+    all.into_iter()
+        .map(|(core, slow)| Slow {
+            at_ms: slow.at_ms,
+            protocol: &slow.protocol,
+            client: &slow.client,
+            command: slow.class.name(),
+            key: readable(&slow.key, slow.key_bytes as usize),
+            core: core.0,
+            requests: slow.requests,
+            queue_us: slow.queue_us,
+            hop_us: slow.hop_us,
+            execute_us: slow.execute_us,
+            flush_us: slow.flush_us,
+        })
+        .collect()
+}
+
+/// A key as text, of which `key` is the start and `length` the whole length: characters that can be seen as they are, others
+/// and bytes that are no text escaped, so that different keys never look the same.
+fn readable(key: &[u8], length: usize) -> String {
+    let start = &key[..key.len().min(KEY_BYTES_MAX)];
+    let mut text = String::new();
+    for chunk in start.utf8_chunks() {
+        // Quotes need no escape here. Behind each backslash that escapes one stands a quote, and the others come in pairs.
+        let escaped = chunk.valid().escape_debug().to_string();
+        text.push_str(&escaped.replace("\\\"", "\"").replace("\\'", "'"));
+        for byte in chunk.invalid() {
+            text.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    if start.len() < length {
+        text.push('…');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_readable_and_told_apart() {
+        let readable = |key: &[u8]| super::readable(key, key.len());
+        assert_eq!(readable(b"user:1"), "user:1");
+        assert_eq!(readable("käse <b>\u{1f9c0}</b>".as_bytes()), "käse <b>\u{1f9c0}</b>");
+        assert_eq!(readable(b"\"it's\""), "\"it's\"");
+        assert_eq!(readable(b"a\\\"b"), "a\\\\\"b");
+        assert_eq!(readable(b"a\0\n\xff\xfe"), r"a\0\n\xff\xfe");
+        assert_eq!(readable(br"a\xff"), r"a\\xff");
+        // What would turn the direction of the text around.
+        assert_eq!(readable("a\u{202e}b".as_bytes()), r"a\u{202e}b");
+        assert_eq!(super::readable(b"sta", 5), "sta…");
+        assert_eq!(readable(&[b'x'; 500]), format!("{}…", "x".repeat(KEY_BYTES_MAX)));
+    }
 }
