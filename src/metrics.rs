@@ -1,15 +1,20 @@
-//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks.
+//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks. Beside
+//! them, [which keys are hot](hot_keys) and [which requests were slow](slow_log).
 
+pub mod hot_keys;
 pub mod latency;
 pub mod operations;
+pub mod slow_log;
 
 use crate::encoding::Reader;
 use crate::model::{Class, Command, CoreId, Op, Reply};
 use ahash::AHashMap;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+use hot_keys::HotKey;
 use latency::Durations;
 use operations::Operations;
+use slow_log::SlowRequest;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -199,6 +204,10 @@ pub struct Metrics {
     durations: [[Durations; CLASSES]; 2],
     /// How long turns took, without the waiting between them.
     turns: Durations,
+    /// Of a report, if they were wanted: one core's hottest keys, hottest first. Not merged.
+    pub hot_keys: Vec<HotKey>,
+    /// Of a report, if they were wanted: one core's last slow requests, newest first. Not merged.
+    pub slow_log: Vec<SlowRequest>,
     /// By class: latency in nanoseconds of requests served by the core that received them, and of forwarded ones.
     local: Vec<Histogram<u64>>,
     forwarded: Vec<Histogram<u64>>,
@@ -215,6 +224,8 @@ impl Default for Metrics {
             operations: Operations::default(),
             durations: Default::default(),
             turns: Durations::default(),
+            hot_keys: vec![],
+            slow_log: vec![],
             local: (0..CLASSES).map(|_| new_histogram()).collect(),
             forwarded: (0..CLASSES).map(|_| new_histogram()).collect(),
             local_answered: [0; CLASSES],
@@ -286,6 +297,8 @@ impl Metrics {
             operations: Operations::default(),
             durations: Default::default(),
             turns: Durations::default(),
+            hot_keys: vec![],
+            slow_log: vec![],
             local: vec![],
             forwarded: vec![],
             local_answered: [0; CLASSES],
@@ -359,7 +372,7 @@ impl Metrics {
         self.durations.iter_mut().flatten().chain([&mut self.turns])
     }
 
-    /// Appends everything: the numbers, then each histogram in HDR's V2 encoding behind its length.
+    /// Appends everything: the numbers, each histogram in HDR's V2 encoding behind its length, hot keys, slow requests.
     pub fn push(&self, out: &mut Vec<u8>) {
         self.counters.push(out);
         self.operations.push(out);
@@ -374,6 +387,10 @@ impl Metrics {
             let length = (out.len() - at - 4) as u32;
             out[at..at + 4].copy_from_slice(&length.to_le_bytes());
         }
+        out.extend_from_slice(&(self.hot_keys.len() as u32).to_le_bytes());
+        self.hot_keys.iter().for_each(|hot| hot.push(out));
+        out.extend_from_slice(&(self.slow_log.len() as u32).to_le_bytes());
+        self.slow_log.iter().for_each(|slow| slow.push(out));
     }
 
     /// Reads what [`Metrics::push`] wrote in this same process.
@@ -382,11 +399,10 @@ impl Metrics {
         metrics.counters = Counters::read(reader);
         metrics.operations.read(reader);
         metrics.all_durations_mut().for_each(|durations| durations.read(reader));
-        if reader.u8() == 0 {
-            return metrics;
+        if reader.u8() == 1 {
+            metrics.local = (0..CLASSES).map(|_| new_histogram()).collect();
+            metrics.forwarded = metrics.local.clone();
         }
-        metrics.local = (0..CLASSES).map(|_| new_histogram()).collect();
-        metrics.forwarded = metrics.local.clone();
         for histogram in metrics.local.iter_mut().chain(&mut metrics.forwarded) {
             let length = reader.u32() as usize;
             let mut encoded = reader.bytes(length);
@@ -394,6 +410,8 @@ impl Metrics {
                 .deserialize(&mut encoded)
                 .expect("written by the same library");
         }
+        metrics.hot_keys = (0..reader.u32()).map(|_| HotKey::read(reader)).collect();
+        metrics.slow_log = (0..reader.u32()).map(|_| SlowRequest::read(reader)).collect();
         metrics
     }
 }
@@ -626,12 +644,21 @@ mod tests {
             },
         };
         core.operations.count(2, &get, &Reply::NotFound, true);
+        core.hot_keys = vec![HotKey {
+            key: b"hot".to_vec(),
+            per_second: 5,
+            writes_per_second: 4,
+            share_ppm: 3,
+            error_ppm: 2,
+        }];
         let mut sum = Metrics::default();
         for _ in 0..2 {
             let mut wire = vec![];
             core.push(&mut wire);
             let mut reader = Reader(&wire);
-            sum.merge(&Metrics::read(&mut reader));
+            let read = Metrics::read(&mut reader);
+            assert_eq!(read.hot_keys, core.hot_keys);
+            sum.merge(&read);
             assert!(reader.0.is_empty());
         }
         assert_eq!((sum.counters.get_hits, sum.counters.requests), (6, 6));

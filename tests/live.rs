@@ -37,7 +37,10 @@ fn the_page_is_told_what_was_done() {
 
     assert_eq!(after["items"], 100);
     let totals = &after["totals"];
-    assert_eq!((&totals["hits"], &totals["misses"], &totals["sets"]), (&50.into(), &50.into(), &100.into()));
+    assert_eq!(
+        (&totals["hits"], &totals["misses"], &totals["sets"]),
+        (&50.into(), &50.into(), &100.into())
+    );
     assert_eq!(
         after["operations"],
         serde_json::json!([
@@ -45,7 +48,10 @@ fn the_page_is_told_what_was_done() {
             { "protocol": "text", "command": "get", "count": 100, "misses": 50 },
         ])
     );
-    assert_eq!(after["uptime_ms"].as_u64().unwrap() - before["uptime_ms"].as_u64().unwrap(), 2_000);
+    assert_eq!(
+        after["uptime_ms"].as_u64().unwrap() - before["uptime_ms"].as_u64().unwrap(),
+        2_000
+    );
 
     // Each request has a latency, of those that were forwarded and of others.
     let latency = &after["latency"];
@@ -62,7 +68,10 @@ fn the_page_is_told_what_was_done() {
     let cores = after["cores"].as_array().unwrap();
     let all = |name: &str| cores.iter().map(|core| core[name].as_u64().unwrap()).sum::<u64>();
     assert_eq!(cores.len(), 2);
-    assert_eq!((all("items"), all("connections")), (100, after["connections"].as_u64().unwrap()));
+    assert_eq!(
+        (all("items"), all("connections")),
+        (100, after["connections"].as_u64().unwrap())
+    );
     assert_eq!(all("requests"), totals["requests"].as_u64().unwrap());
     assert_eq!(all("forwarded"), all("served_for_others"));
 
@@ -70,7 +79,10 @@ fn the_page_is_told_what_was_done() {
     let kinds = after["memory"]["kinds"].as_object().unwrap();
     let kinds: u64 = kinds.values().filter_map(Value::as_u64).sum();
     assert!(kinds >= 100 * 5 && kinds <= after["memory"]["limit"].as_u64().unwrap());
-    assert_eq!(after["memory"]["payload"], (0..100).map(|n| format!("k{n}").len() + 3).sum::<usize>());
+    assert_eq!(
+        after["memory"]["payload"],
+        (0..100).map(|n| format!("k{n}").len() + 3).sum::<usize>()
+    );
 
     let ranges = after["ranges"].as_array().unwrap();
     assert_eq!(ranges.len(), 6);
@@ -84,7 +96,12 @@ fn many_ranges_are_put_together() {
     let mut world = World::new(2, &["--shards=300"]);
     let page = world.connect(1, Protocol::Http);
     let told = live(&mut world, page);
-    let cores: Vec<u64> = told["ranges"].as_array().unwrap().iter().filter_map(|range| range["core"].as_u64()).collect();
+    let cores: Vec<u64> = told["ranges"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|range| range["core"].as_u64())
+        .collect();
     assert_eq!(cores, [0, 1]);
     assert_eq!(told["ranges"][1]["start"], "8000000000000000");
 }
