@@ -264,11 +264,10 @@ fn operations(sum: &Metrics) -> Vec<Operation> {
 
 /// The hottest of all cores' keys.
 fn hot_keys(cores: &[(CoreId, Metrics)]) -> Vec<Hot> {
-    let each = |(core, metrics): &'_ (CoreId, Metrics)| {
-        let core = *core;
-        metrics.hot_keys.iter().map(move |hot| (core, hot)).collect::<Vec<_>>()
-    };
-    let mut all: Vec<(CoreId, &HotKey)> = cores.iter().flat_map(each).collect();
+    let mut all: Vec<(CoreId, &HotKey)> = vec![];
+    for (core, metrics) in cores {
+        all.extend(metrics.hot_keys.iter().map(|hot| (*core, hot)));
+    }
     all.sort_by_key(|(_, hot)| std::cmp::Reverse(hot.per_second));
     all.truncate(HOT_KEYS_MAX);
     all.into_iter()
