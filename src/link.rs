@@ -131,6 +131,11 @@ impl Link {
         self.used_bytes -= u64::from(cost_bytes);
     }
 
+    /// Credit in use, in requests and in bytes.
+    pub(crate) fn used_credit(&self) -> (u32, u64) {
+        (self.used_requests, self.used_bytes)
+    }
+
     /// A session waits for credit from now on, before all others if it is `first`.
     pub(crate) fn wait(&mut self, session: u32, first: bool) {
         if first {

@@ -1,10 +1,20 @@
-//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks.
+//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks. Beside
+//! them, [which keys are hot](hot_keys) and [which requests were slow](slow_log).
+
+pub mod hot_keys;
+pub mod latency;
+pub mod operations;
+pub mod slow_log;
 
 use crate::encoding::Reader;
 use crate::model::{Class, Command, CoreId, Op, Reply};
 use ahash::AHashMap;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+use hot_keys::HotKey;
+use latency::Durations;
+use operations::Operations;
+use slow_log::SlowRequest;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -147,6 +157,15 @@ counters! {
     charged_bytes,
     /// Bytes of the process that are resident and that nobody has charged, on the first core (gauge).
     other_bytes,
+    /// Microseconds of CPU time that the process has used, on the first core (gauge). Cores look at it at different times,
+    /// so that only the same core's never goes back.
+    process_cpu_us,
+    /// Requests to other cores that are not answered (gauge).
+    mesh_requests,
+    /// What they cost of the links' credit, in bytes (gauge).
+    mesh_bytes,
+    /// Connections that wait for credit (gauge).
+    mesh_waiting,
 }
 
 impl Counters {
@@ -179,6 +198,16 @@ struct Answered {
 pub struct Metrics {
     /// The plain numbers.
     pub counters: Counters,
+    /// What came of commands that this core executed.
+    pub operations: Operations,
+    /// By class, and whether they were forwarded: how long requests took.
+    durations: [[Durations; CLASSES]; 2],
+    /// How long turns took, without the waiting between them.
+    turns: Durations,
+    /// Of a report, if they were wanted: one core's hottest keys, hottest first. Not merged.
+    pub hot_keys: Vec<HotKey>,
+    /// Of a report, if they were wanted: one core's last slow requests, newest first. Not merged.
+    pub slow_log: Vec<SlowRequest>,
     /// By class: latency in nanoseconds of requests served by the core that received them, and of forwarded ones.
     local: Vec<Histogram<u64>>,
     forwarded: Vec<Histogram<u64>>,
@@ -192,6 +221,11 @@ impl Default for Metrics {
     fn default() -> Self {
         Self {
             counters: Counters::default(),
+            operations: Operations::default(),
+            durations: Default::default(),
+            turns: Durations::default(),
+            hot_keys: vec![],
+            slow_log: vec![],
             local: (0..CLASSES).map(|_| new_histogram()).collect(),
             forwarded: (0..CLASSES).map(|_| new_histogram()).collect(),
             local_answered: [0; CLASSES],
@@ -227,9 +261,12 @@ impl Metrics {
     /// ones) to the submission of its reply (`now_ns`).
     #[inline]
     pub fn end_turn(&mut self, turn_began_ns: u64, now_ns: u64) {
+        let turn_ns = now_ns - turn_began_ns;
+        self.turns.record(turn_ns, 1);
         for (class, count) in self.local_answered.iter_mut().enumerate() {
             if *count > 0 {
-                self.local[class].saturating_record_n(now_ns - turn_began_ns, u64::from(*count));
+                self.local[class].saturating_record_n(turn_ns, u64::from(*count));
+                self.durations[0][class].record(turn_ns, u64::from(*count));
                 self.counters.requests += u64::from(*count);
                 *count = 0;
             }
@@ -241,20 +278,27 @@ impl Metrics {
             } else {
                 &mut self.local
             };
-            histograms[answered.class as usize].saturating_record_n(latency_ns, u64::from(answered.count));
-            self.counters.requests += u64::from(answered.count);
+            let (class, count) = (answered.class as usize, u64::from(answered.count));
+            histograms[class].saturating_record_n(latency_ns, count);
+            self.durations[usize::from(answered.forwarded)][class].record(latency_ns, count);
+            self.counters.requests += count;
         }
     }
 
-    /// It carries histograms.
+    /// It carries histograms to three digits.
     pub fn has_latencies(&self) -> bool {
         !self.local.is_empty()
     }
 
-    /// Counters only, all zero.
+    /// Without histograms to three digits; everything else is zero.
     pub fn without_latencies() -> Self {
         Self {
             counters: Counters::default(),
+            operations: Operations::default(),
+            durations: Default::default(),
+            turns: Durations::default(),
+            hot_keys: vec![],
+            slow_log: vec![],
             local: vec![],
             forwarded: vec![],
             local_answered: [0; CLASSES],
@@ -262,10 +306,13 @@ impl Metrics {
         }
     }
 
-    /// A copy to give away: the counters, and the histograms, which are large, only when they are asked for.
+    /// A copy to give away; the histograms to three digits, which are large, only when they are asked for.
     pub fn snapshot(&self, latencies: bool) -> Self {
         let mut copy = Self::without_latencies();
         copy.counters = self.counters;
+        copy.operations.clone_from(&self.operations);
+        copy.durations.clone_from(&self.durations);
+        copy.turns.clone_from(&self.turns);
         if latencies {
             copy.local.clone_from(&self.local);
             copy.forwarded.clone_from(&self.forwarded);
@@ -279,6 +326,9 @@ impl Metrics {
             idle_ns: self.counters.idle_ns,
             ..Counters::default()
         };
+        self.operations = Operations::default();
+        self.durations = Default::default();
+        self.turns = Durations::default();
         self.local
             .iter_mut()
             .chain(&mut self.forwarded)
@@ -288,6 +338,10 @@ impl Metrics {
     /// Adds another core's, or a snapshot of it.
     pub fn merge(&mut self, other: &Metrics) {
         self.counters.merge(&other.counters);
+        self.operations.merge(&other.operations);
+        for (ours, theirs) in self.all_durations_mut().zip(other.all_durations()) {
+            ours.merge(theirs);
+        }
         let ours = self.local.iter_mut().chain(&mut self.forwarded);
         for (ours, theirs) in ours.zip(other.local.iter().chain(&other.forwarded)) {
             ours.add(theirs).expect("all histograms have the same bounds");
@@ -300,9 +354,29 @@ impl Metrics {
         &histograms[class as usize]
     }
 
-    /// Appends everything: the counters, then each histogram in HDR's V2 encoding behind its length.
+    /// How long requests of a class took, served where they were received, or forwarded.
+    pub fn durations(&self, class: Class, forwarded: bool) -> &Durations {
+        &self.durations[usize::from(forwarded)][class as usize]
+    }
+
+    /// How long turns took.
+    pub fn turns(&self) -> &Durations {
+        &self.turns
+    }
+
+    fn all_durations(&self) -> impl Iterator<Item = &Durations> {
+        self.durations.iter().flatten().chain([&self.turns])
+    }
+
+    fn all_durations_mut(&mut self) -> impl Iterator<Item = &mut Durations> {
+        self.durations.iter_mut().flatten().chain([&mut self.turns])
+    }
+
+    /// Appends everything: the numbers, each histogram in HDR's V2 encoding behind its length, hot keys, slow requests.
     pub fn push(&self, out: &mut Vec<u8>) {
         self.counters.push(out);
+        self.operations.push(out);
+        self.all_durations().for_each(|durations| durations.push(out));
         out.push(u8::from(!self.local.is_empty()));
         for histogram in self.local.iter().chain(&self.forwarded) {
             let at = out.len();
@@ -313,16 +387,22 @@ impl Metrics {
             let length = (out.len() - at - 4) as u32;
             out[at..at + 4].copy_from_slice(&length.to_le_bytes());
         }
+        out.extend_from_slice(&(self.hot_keys.len() as u32).to_le_bytes());
+        self.hot_keys.iter().for_each(|hot| hot.push(out));
+        out.extend_from_slice(&(self.slow_log.len() as u32).to_le_bytes());
+        self.slow_log.iter().for_each(|slow| slow.push(out));
     }
 
     /// Reads what [`Metrics::push`] wrote in this same process.
     pub fn read(reader: &mut Reader<'_>) -> Self {
-        let counters = Counters::read(reader);
-        let mut metrics = match reader.u8() {
-            0 => Self::without_latencies(),
-            _ => Self::default(),
-        };
-        metrics.counters = counters;
+        let mut metrics = Self::without_latencies();
+        metrics.counters = Counters::read(reader);
+        metrics.operations.read(reader);
+        metrics.all_durations_mut().for_each(|durations| durations.read(reader));
+        if reader.u8() == 1 {
+            metrics.local = (0..CLASSES).map(|_| new_histogram()).collect();
+            metrics.forwarded = metrics.local.clone();
+        }
         for histogram in metrics.local.iter_mut().chain(&mut metrics.forwarded) {
             let length = reader.u32() as usize;
             let mut encoded = reader.bytes(length);
@@ -330,6 +410,8 @@ impl Metrics {
                 .deserialize(&mut encoded)
                 .expect("written by the same library");
         }
+        metrics.hot_keys = (0..reader.u32()).map(|_| HotKey::read(reader)).collect();
+        metrics.slow_log = (0..reader.u32()).map(|_| SlowRequest::read(reader)).collect();
         metrics
     }
 }
@@ -414,6 +496,14 @@ impl Prefixes {
             .map(|(prefix, counts)| (prefix.clone(), *counts))
             .collect()
     }
+}
+
+fn push_numbers(out: &mut Vec<u8>, numbers: &[u64]) {
+    out.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+}
+
+fn read_numbers(reader: &mut Reader<'_>, numbers: &mut [u64]) {
+    numbers.iter_mut().for_each(|number| *number = reader.u64());
 }
 
 fn push_text(out: &mut Vec<u8>, text: &[u8]) {
@@ -534,6 +624,7 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
+    use super::operations::Outcome;
     use super::*;
 
     /// Merged over the wire form, nothing is lost or counted twice.
@@ -545,12 +636,29 @@ mod tests {
         core.answered(Class::Get);
         core.answered_later(Class::Set, 500, true);
         core.end_turn(1_000, 11_000);
+        let get = Command {
+            key: b"k",
+            op: Op::Get {
+                version: false,
+                effects: None,
+            },
+        };
+        core.operations.count(2, &get, &Reply::NotFound, true);
+        core.hot_keys = vec![HotKey {
+            key: b"hot".to_vec(),
+            per_second: 5,
+            writes_per_second: 4,
+            share_ppm: 3,
+            error_ppm: 2,
+        }];
         let mut sum = Metrics::default();
         for _ in 0..2 {
             let mut wire = vec![];
             core.push(&mut wire);
             let mut reader = Reader(&wire);
-            sum.merge(&Metrics::read(&mut reader));
+            let read = Metrics::read(&mut reader);
+            assert_eq!(read.hot_keys, core.hot_keys);
+            sum.merge(&read);
             assert!(reader.0.is_empty());
         }
         assert_eq!((sum.counters.get_hits, sum.counters.requests), (6, 6));
@@ -558,5 +666,17 @@ mod tests {
         assert_eq!((gets.len(), gets.max() / 100), (4, 100));
         assert_eq!(sum.latency(Class::Set, true).len(), 2);
         assert_eq!(sum.latency(Class::Set, false).len(), 0);
+        let gets = sum.durations(Class::Get, false);
+        assert_eq!((gets.count(), gets.sum_ns()), (4, 40_000));
+        assert_eq!(sum.durations(Class::Set, true).sum_ns(), 21_000);
+        assert_eq!((sum.turns().count(), sum.turns().sum_ns()), (2, 20_000));
+        let missed = sum.operations.executed(2, Class::Get, Outcome::NotFound, true);
+        assert_eq!(missed, 2);
+        core.reset();
+        assert_eq!(
+            (core.turns().count(), core.durations(Class::Get, false).count()),
+            (0, 0)
+        );
+        assert_eq!(core.operations.executed(2, Class::Get, Outcome::NotFound, true), 0);
     }
 }

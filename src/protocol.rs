@@ -6,6 +6,7 @@
 
 pub mod call;
 pub mod json_line;
+mod live;
 pub mod memcached;
 pub mod protobuf;
 pub mod text;

@@ -326,8 +326,14 @@ impl Engine {
                 self.flush_at = at;
                 Report::Done
             }
-            Broadcast::Metrics { latencies } => {
-                let mut metrics = self.metrics.snapshot(latencies);
+            Broadcast::Metrics(wanted) => {
+                let mut metrics = self.metrics.snapshot(wanted.latencies);
+                if wanted.hot_keys {
+                    metrics.hot_keys = self.hot_keys.hottest(self.now_ns);
+                }
+                if wanted.slow_log {
+                    metrics.slow_log = self.slow.log.entries();
+                }
                 let counters = &mut metrics.counters;
                 self.shards.count(counters);
                 counters.connections = self.sessions.connections();
@@ -335,12 +341,21 @@ impl Engine {
                 if self.core.0 == 0 {
                     // It is the process's, not a core's.
                     counters.other_bytes = self.pool.other();
+                    counters.process_cpu_us = self.process.user_us + self.process.system_us;
+                }
+                for link in &self.links {
+                    let (requests, bytes) = link.used_credit();
+                    counters.mesh_requests += u64::from(requests);
+                    counters.mesh_bytes += bytes;
+                    counters.mesh_waiting += link.waiting() as u64;
                 }
                 counters.uptime_ns = self.now_ns - self.started_ns;
                 Report::Metrics(vec![(self.core, metrics)])
             }
             Broadcast::ResetMetrics => {
                 self.metrics.reset();
+                self.hot_keys.clear(self.now_ns);
+                self.slow.log.clear();
                 Report::Done
             }
             Broadcast::Connections => {
