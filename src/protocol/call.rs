@@ -4,11 +4,12 @@
 //! results of a transaction with their values still by reference, or a report that is rendered already. Both ends are this
 //! process, so nothing is checked.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults};
+use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, protobuf};
 use crate::encoding::{Reader, Rope, push_check, push_command, read_check, read_command};
 use crate::metrics::Report;
 use crate::model::{Broadcast, Command, Deadline, Op, Put, Reply, Transaction, TxnEnd, UnixMillis, Value, Version};
 use bytes::Bytes;
+use prost::Message;
 
 /// What a request is, in its first byte. The length of what follows stands behind it.
 mod kind {
@@ -32,10 +33,12 @@ pub enum Text {
     OpenMetrics = 1,
     /// What the page shows, as JSON.
     Live = 2,
+    /// An encoded [`MetricsReport`](crate::proto::MetricsReport).
+    Protobuf = 3,
 }
 
 impl Text {
-    const ALL: [Text; 3] = [Text::Prometheus, Text::OpenMetrics, Text::Live];
+    const ALL: [Text; 4] = [Text::Prometheus, Text::OpenMetrics, Text::Live, Text::Protobuf];
 }
 
 fn push_framed(kind: u8, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
@@ -135,7 +138,8 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         }
         _ => {
             let text = u32::from(reader.u8());
-            Decoded::Broadcast(Broadcast::Metrics { latencies: false }, Shape::code(text))
+            let latencies = text == Text::Protobuf as u32;
+            Decoded::Broadcast(Broadcast::Metrics { latencies }, Shape::code(text))
         }
     };
     at(decoded, used)
@@ -269,8 +273,13 @@ pub(super) fn encode_txn(results: TxnResults, out: &mut Rope) {
 /// Encodes the reply to a broadcast.
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     let Report::Metrics(cores) = report else { return };
-    let text = Text::ALL[shape.code as usize];
-    let _ = (cores, server, text, out);
+    match Text::ALL[shape.code as usize] {
+        Text::Protobuf => {
+            let report = protobuf::metrics_report(cores.iter().map(|(_, metrics)| metrics), server);
+            out.flat.extend_from_slice(&report.encode_to_vec());
+        }
+        Text::Prometheus | Text::OpenMetrics | Text::Live => {}
+    }
 }
 
 /// Reads answers out of a rope, front to back.
