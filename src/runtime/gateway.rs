@@ -7,15 +7,16 @@
 //! only, never across an await.
 
 use super::calls::Calls;
-use super::{Shared, http};
+use super::{Shared, grpc, http};
 use crate::engine::{Engine, Notice, Read, Written};
 use crate::protocol::Protocol;
 use futures_executor::{LocalPool, LocalSpawner};
 use futures_util::task::LocalSpawnExt;
 use hyper::rt::ReadBufCursor;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
@@ -28,6 +29,19 @@ use std::time::{Duration, Instant};
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(30);
 /// The most bytes of a request's line and headers.
 pub(super) const HEAD_BYTES_MAX: usize = 64 * 1024;
+
+/// A gRPC client that says nothing for so long is asked whether it is there, and let go if it does not say so in time.
+const KEEP_ALIVE_PERIOD: Duration = Duration::from_secs(60);
+const KEEP_ALIVE_TIME_MAX: Duration = Duration::from_secs(20);
+/// Requests that a gRPC client may have under way on one connection.
+const STREAMS_MAX: u32 = 1024;
+/// Bytes of one gRPC request's headers.
+const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
+/// Bytes of one gRPC request, and of all of a connection, that may come before they are understood.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
+/// Bytes of one gRPC response that wait for the client's window.
+const SEND_BYTES_MAX: usize = 64 * 1024;
 
 /// What the handlers of one core have in common.
 pub(super) struct Handlers {
@@ -204,7 +218,30 @@ async fn serve_http(handlers: Rc<Handlers>, socket: Socket) {
 
 /// Serves one gRPC connection.
 async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawner) {
-    let _ = (handlers, socket, spawner);
+    let calls = Calls::new(handlers.clone(), Protocol::Grpc);
+    let service = hyper::service::service_fn(move |request| {
+        let calls = calls.clone();
+        async move { Ok::<_, Infallible>(grpc::serve(calls, request).await) }
+    });
+    let connection = http2::Builder::new(Tasks(spawner))
+        .timer(CoarseTimer)
+        .keep_alive_interval(KEEP_ALIVE_PERIOD)
+        .keep_alive_timeout(KEEP_ALIVE_TIME_MAX)
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_send_buf_size(SEND_BYTES_MAX)
+        .serve_connection(socket, service);
+    let mut connection = pin!(connection);
+    let mut told = false;
+    let _ = std::future::poll_fn(|context| {
+        if handlers.is_stopping() && !std::mem::replace(&mut told, true) {
+            connection.as_mut().graceful_shutdown();
+        }
+        connection.as_mut().poll(context)
+    })
+    .await;
 }
 
 /// A connection's bytes, as hyper reads and writes them. Dropping it closes the connection when all that was written is sent.
