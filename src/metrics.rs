@@ -646,7 +646,10 @@ mod tests {
         let missed = sum.operations.executed(2, Class::Get, Outcome::NotFound, true);
         assert_eq!(missed, 2);
         core.reset();
-        assert_eq!((core.turns().count(), core.durations(Class::Get, false).count()), (0, 0));
+        assert_eq!(
+            (core.turns().count(), core.durations(Class::Get, false).count()),
+            (0, 0)
+        );
         assert_eq!(core.operations.executed(2, Class::Get, Outcome::NotFound, true), 0);
     }
 }

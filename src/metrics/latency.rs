@@ -100,7 +100,13 @@ mod tests {
     #[test]
     fn each_bucket_holds_its_bound() {
         let mut durations = Durations::default();
-        for (ns, count) in [(0, 1), (1_000, 2), (1_001, 4), (10_000_000_000, 8), (10_000_000_001, 16)] {
+        for (ns, count) in [
+            (0, 1),
+            (1_000, 2),
+            (1_001, 4),
+            (10_000_000_000, 8),
+            (10_000_000_001, 16),
+        ] {
             durations.record(ns, count);
         }
         let cumulative: Vec<(u64, u64)> = durations.cumulative().collect();

@@ -143,7 +143,8 @@ mod tests {
         for protocol in 0..PROTOCOLS_MAX {
             for class in Class::ALL {
                 for outcome in Outcome::ALL {
-                    places.extend([false, true].map(|forwarded| Operations::place(protocol, class, outcome, forwarded)));
+                    places
+                        .extend([false, true].map(|forwarded| Operations::place(protocol, class, outcome, forwarded)));
                 }
             }
         }
@@ -170,7 +171,10 @@ mod tests {
         sum.merge(&operations);
         let executed = |outcome, forwarded| sum.executed(3, Class::Delete, outcome, forwarded);
         assert_eq!((executed(Outcome::Done, false), executed(Outcome::Done, true)), (2, 0));
-        assert_eq!((executed(Outcome::NotFound, false), executed(Outcome::NotFound, true)), (0, 4));
+        assert_eq!(
+            (executed(Outcome::NotFound, false), executed(Outcome::NotFound, true)),
+            (0, 4)
+        );
         assert_eq!(executed(Outcome::ConditionFailed, false), 2);
         assert_eq!((sum.refused(1), sum.refused(3)), (2, 0));
     }

@@ -4,7 +4,7 @@
 //! results of a transaction with their values still by reference, or a report that is rendered already. Both ends are this
 //! process, so nothing is checked.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults};
+use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, exposition};
 use crate::encoding::{Reader, Rope, push_check, push_command, read_check, read_command};
 use crate::metrics::Report;
 use crate::model::{Broadcast, Command, Deadline, Op, Put, Reply, Transaction, TxnEnd, UnixMillis, Value, Version};
@@ -269,8 +269,11 @@ pub(super) fn encode_txn(results: TxnResults, out: &mut Rope) {
 /// Encodes the reply to a broadcast.
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     let Report::Metrics(cores) = report else { return };
-    let text = Text::ALL[shape.code as usize];
-    let _ = (cores, server, text, out);
+    match Text::ALL[shape.code as usize] {
+        Text::Prometheus => exposition::prometheus(cores, server, false, &mut out.flat),
+        Text::OpenMetrics => exposition::prometheus(cores, server, true, &mut out.flat),
+        Text::Live => {}
+    }
 }
 
 /// Reads answers out of a rope, front to back.
