@@ -5,6 +5,7 @@
 //! [`Shape`], opaque to everything in between, so the core that owns a key encodes the reply, wherever the connection is.
 
 pub mod call;
+mod exposition;
 pub mod json_line;
 mod live;
 pub mod memcached;

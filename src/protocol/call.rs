@@ -4,7 +4,7 @@
 //! results of a transaction with their values still by reference, or a report that is rendered already. Both ends are this
 //! process, so nothing is checked.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, protobuf};
+use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, exposition, live, protobuf};
 use crate::encoding::{Reader, Rope, push_check, push_command, read_check, read_command};
 use crate::metrics::Report;
 use crate::model::{
@@ -286,8 +286,9 @@ pub(super) fn encode_txn(results: TxnResults, out: &mut Rope) {
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     let Report::Metrics(cores) = report else { return };
     match Text::ALL[shape.code as usize] {
-        Text::Prometheus | Text::OpenMetrics => {}
-        Text::Live => super::live::live(cores, server, &mut out.flat),
+        Text::Prometheus => exposition::prometheus(cores, server, false, &mut out.flat),
+        Text::OpenMetrics => exposition::prometheus(cores, server, true, &mut out.flat),
+        Text::Live => live::live(cores, server, &mut out.flat),
         Text::Protobuf => {
             let report = protobuf::metrics_report(cores.iter().map(|(_, metrics)| metrics), server);
             out.flat.extend_from_slice(&report.encode_to_vec());

@@ -3,7 +3,7 @@
 Started by `run`, which installs what is needed and sets MEMKV_TPC. A test is a
 function whose name begins with test_; it fails by raising. The golden
 transcripts come first, many at a time, so that their sleeps overlap; then the
-tests here, of the text protocols, and those in protobuf.py, json_line.py, memory.py, grpc_service.py and page.py.
+tests here, of the text protocols, and those in protobuf.py, json_line.py, memory.py, metrics.py, grpc_service.py and page.py.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from pymemcache.exceptions import MemcacheClientError, MemcacheServerError
 import grpc_service
 import json_line
 import memory
+import metrics
 import page
 import protobuf
 import replay
@@ -650,7 +651,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16, hard))
     wanted = sys.argv[1:]
     chosen = lambda name: not wanted or any(word in name for word in wanted)
-    modules = (sys.modules[__name__], protobuf, json_line, memory, grpc_service, page)
+    modules = (sys.modules[__name__], protobuf, json_line, memory, metrics, grpc_service, page)
     tests = [test for module in modules for test in tests_of(module)]
     results = []
     # Those that sleep longest start first.
