@@ -460,7 +460,7 @@ impl Client {
     /// Writes a value that stays until it is deleted.
     ///
     /// # Errors
-    /// [`Code::OutOfMemory`] among the usual ones.
+    /// [`Code::OutOfMemory`] and [`Code::ReadOnly`] among the usual ones.
     pub fn set(&mut self, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) -> Result<(), Error> {
         self.set_with(Put::new(key, value))?.stored().map(drop)
     }
@@ -580,6 +580,13 @@ impl Client {
         let results = self.ask(command)?.results;
         if results.len() != keys {
             return Err(self.foreign(&format!("{} results for {keys} keys", results.len())));
+        }
+        if results.iter().any(|result| result.code() == Code::ReadOnly) {
+            // All of a request is done, or nothing.
+            return Err(Error::Refused {
+                code: Code::ReadOnly,
+                message: "the server is read-only".to_owned(),
+            });
         }
         let read = |result: proto::KeyResult| {
             let code = result.code;

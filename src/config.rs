@@ -182,6 +182,10 @@ pub struct Config {
     #[arg(long)]
     pub load_strict: bool,
 
+    /// Refuse every write, with the error of its protocol. Reads and statistics go on, and --load works.
+    #[arg(long)]
+    pub read_only: bool,
+
     /// Let clients stop the server with memcached's `shutdown` command.
     #[arg(long)]
     pub enable_shutdown: bool,

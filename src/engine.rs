@@ -148,7 +148,8 @@ impl Engine {
     pub fn new(core: CoreId, table: Arc<RangeTable>, pool: Arc<Pool>, config: Arc<Config>, now: UnixMillis) -> Self {
         let value_bytes_max = usize::try_from(config.limits.item_size_max.0).unwrap_or(usize::MAX);
         let evicts = config.limits.eviction != Eviction::None;
-        let shards = Shards::new(core, &table, pool.clone(), value_bytes_max, evicts, now);
+        let mut shards = Shards::new(core, &table, pool.clone(), value_bytes_max, evicts, now);
+        shards.refuse_writes(config.read_only);
         let limits = CreditLimits {
             requests_max: config.limits.mesh_requests_max,
             bytes_max: config.limits.mesh_bytes_max.0,
@@ -244,6 +245,12 @@ impl Engine {
         &self.config
     }
 
+    /// Sets whether this core refuses every write from now on, whoever sends it. Reads, statistics and [`Engine::load`] go
+    /// on. A transaction that writes to a core which refuses is refused as a whole.
+    pub fn refuse_writes(&mut self, refuse: bool) {
+        self.shards.refuse_writes(refuse);
+    }
+
     /// Stores a row that is loaded before connections are served, if its key is one of this core's.
     pub fn load(&mut self, key: &[u8], value: &[u8]) -> Loaded {
         let place = self.table.place(key);
@@ -256,7 +263,10 @@ impl Engine {
         let command = Command { key, op: Op::Put(put) };
         // Rows that are loaded are not requests.
         let counters = &mut Counters::default();
-        match self.shards.execute(shard.0, place.hash, &command, self.now, counters) {
+        let stored = self
+            .shards
+            .execute_always(shard.0, place.hash, &command, self.now, counters);
+        match stored {
             Reply::Stored { .. } => Loaded::Stored,
             _ => Loaded::OutOfMemory,
         }
@@ -819,14 +829,15 @@ impl Engine {
             }
             Decoded::Value(bytes) => {
                 let header = &input[..step.used];
+                if self.config.read_only && bytes >= LARGE_VALUE_BYTES && session.decoder.announces_writes() {
+                    // Whoever owns its key will refuse it. Where a single core refuses, that core does.
+                    self.metrics.counters.read_only_refusals += 1;
+                    self.refuse_announced(session, header, &Reply::ReadOnly);
+                    return Outcome::Done;
+                }
                 let Some(value) = self.announced(bytes) else {
                     self.metrics.counters.out_of_memory += 1;
-                    let (arena, large) = (Bump::new(), OnceCell::new());
-                    let refused = session.decoder.without_memory(header, &self.env(&arena, &large));
-                    if let Decoded::Refused(answer) = refused.decoded {
-                        self.answer(session, answer);
-                    }
-                    session.swallow = refused.swallow;
+                    self.refuse_announced(session, header, &Reply::OutOfMemory);
                     return Outcome::Done;
                 };
                 session.incoming = Some(Incoming {
@@ -854,6 +865,17 @@ impl Engine {
         session.decoder = step.next;
         session.swallow = step.swallow;
         Outcome::Done
+    }
+
+    /// Answers a request whose announced value is not collected but swallowed.
+    #[cold]
+    fn refuse_announced(&mut self, session: &mut Session, header: &[u8], why: &Reply<'_>) {
+        let (arena, large) = (Bump::new(), OnceCell::new());
+        let refused = session.decoder.without_value(header, why, &self.env(&arena, &large));
+        if let Decoded::Refused(answer) = refused.decoded {
+            self.answer(session, answer);
+        }
+        session.swallow = refused.swallow;
     }
 
     /// Goes on with a large value. Returns how much of `input` was used, and whether to go on.

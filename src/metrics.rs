@@ -101,6 +101,8 @@ counters! {
     out_of_memory,
     /// Writes refused because of the value limit.
     too_large,
+    /// Writes refused because a core takes none. A transaction counts once, and none of its writes is counted elsewhere.
+    read_only_refusals,
     /// Requests that no protocol understands, or that it refuses.
     bad_requests,
     /// Requests served for connections of this core, by any core.
@@ -421,6 +423,8 @@ impl Metrics {
 pub enum Report {
     /// It is done; there is nothing to tell.
     Done,
+    /// It was not done: a core takes no writes.
+    ReadOnly,
     /// Each core's metrics.
     Metrics(Vec<(CoreId, Metrics)>),
     /// Each connection.
@@ -520,6 +524,7 @@ impl Report {
     /// Adds another core's part, of the same kind.
     pub fn merge(&mut self, other: Report) {
         match (self, other) {
+            (ours, Report::ReadOnly) => *ours = Report::ReadOnly,
             (Report::Metrics(ours), Report::Metrics(theirs)) => {
                 ours.extend(theirs);
                 ours.sort_by_key(|(core, _)| *core);
@@ -551,6 +556,7 @@ impl Report {
         };
         match self {
             Report::Done => head(out, 0, 0),
+            Report::ReadOnly => head(out, 4, 0),
             Report::Metrics(cores) => {
                 head(out, 1, cores.len());
                 for (core, metrics) in cores {
@@ -617,6 +623,7 @@ impl Report {
                     })
                     .collect(),
             ),
+            4 => Report::ReadOnly,
             _ => Report::Done,
         }
     }

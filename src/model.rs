@@ -306,6 +306,18 @@ impl Command<'_> {
     pub fn only_reads(&self) -> bool {
         matches!(self.op, Op::Get { effects: None, .. } | Op::Inspect)
     }
+
+    /// Its client asks for a change. What a read leaves behind by itself is none: that the item was read, and when, and the
+    /// version or the right to refresh it that this reader was given.
+    pub fn asks_for_a_change(&self) -> bool {
+        match &self.op {
+            Op::Inspect | Op::Get { effects: None, .. } => false,
+            Op::Get {
+                effects: Some(effects), ..
+            } => effects.touch.is_some() || effects.create.is_some() || effects.refresh_below_s.is_some(),
+            Op::Put(_) | Op::Delete(_) | Op::Increment(_) | Op::Touch(_) => true,
+        }
+    }
 }
 
 /// What must hold of a key.
@@ -341,11 +353,19 @@ pub enum TxnEnd {
     OutOfMemory,
     /// The values it would read are too large together. Nothing was executed.
     TooLarge,
+    /// It has a write, and a core that it concerns takes none. Nothing was executed.
+    ReadOnly,
 }
 
 impl TxnEnd {
     /// All of them, in the order of their numbers.
-    pub const ALL: [TxnEnd; 4] = [TxnEnd::Success, TxnEnd::Failure, TxnEnd::OutOfMemory, TxnEnd::TooLarge];
+    pub const ALL: [TxnEnd; 5] = [
+        TxnEnd::Success,
+        TxnEnd::Failure,
+        TxnEnd::OutOfMemory,
+        TxnEnd::TooLarge,
+        TxnEnd::ReadOnly,
+    ];
 }
 
 /// What is collected beside counters: it is large, or takes work.
@@ -435,4 +455,6 @@ pub enum Reply<'a> {
     OutOfMemory,
     /// Appending would make a value over the limit.
     TooLarge,
+    /// Its owner takes no writes. Nothing was changed.
+    ReadOnly,
 }

@@ -227,13 +227,19 @@ impl Decoder {
         }
     }
 
-    /// Decodes a request whose announced value there is no memory for: the value is to be swallowed.
-    pub fn without_memory<'a>(self, header: &'a [u8], env: &Env<'a>) -> Step<'a> {
+    /// What [`Decoded::Value`] announces is always the value of a write, not a request that is only long.
+    pub fn announces_writes(self) -> bool {
+        !matches!(self, Decoder::Protobuf)
+    }
+
+    /// Refuses a request whose announced value is not collected: the value is to be swallowed. `why` is
+    /// [`Reply::OutOfMemory`], or, for what [announces a write](Decoder::announces_writes), [`Reply::ReadOnly`].
+    pub fn without_value<'a>(self, header: &'a [u8], why: &Reply<'_>, env: &Env<'a>) -> Step<'a> {
         match self {
-            Decoder::Memcached(_) => memcached::without_memory(header, env),
-            Decoder::Text(_) => text::without_memory(header, env),
+            Decoder::Memcached(_) => memcached::without_value(header, why, env),
+            Decoder::Text(_) => text::without_value(header),
             Decoder::Protobuf => protobuf::without_memory(header, env),
-            Decoder::Call => call::without_memory(header, env),
+            Decoder::Call => call::without_value(header, why, env),
             Decoder::JsonLine(_) => unreachable!("its lines announce no values"),
         }
     }
@@ -295,10 +301,10 @@ pub struct TxnResults {
 }
 
 impl TxnResults {
-    /// There was no memory for it. `commands`: how many there were for success.
-    pub fn without_memory(commands: usize) -> Self {
+    /// Nothing of it was done. `commands`: how many there were for success.
+    pub fn refused(end: TxnEnd, commands: usize) -> Self {
         Self {
-            end: TxnEnd::OutOfMemory,
+            end,
             checks: vec![],
             replies: Rope::default(),
             commands,
@@ -339,7 +345,7 @@ pub fn encode_own(protocol: Protocol, written: Option<&[u8]>, out: &mut Rope) {
 pub fn encode_report(protocol: Protocol, shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     match protocol {
         Protocol::Memcached => memcached::encode_report(shape, report, server, out),
-        Protocol::Text => text::encode_report(out),
+        Protocol::Text => text::encode_report(report, out),
         Protocol::Protobuf => protobuf::encode_report(shape, report, server, out),
         Protocol::JsonLine => {}
         Protocol::Http | Protocol::Grpc => call::encode_report(shape, report, server, out),
@@ -368,6 +374,9 @@ pub fn copied_bytes(protocol: Protocol, value: &[u8]) -> usize {
         _ => value.len(),
     }
 }
+
+/// What a client is told of a write that a core refuses because it takes none, where the protocol has room for words.
+pub(crate) const READ_ONLY: &str = "the server is read-only";
 
 /// What a connection is told before it is closed because there is no memory for its request.
 pub fn out_of_memory(protocol: Protocol) -> Vec<u8> {

@@ -29,6 +29,15 @@ fn wants_room(budget: &Budget, cores: u64, value_bytes_max: usize) -> bool {
     room < ready as i64 && budget.charged() >= charged / cores / 16 * 15
 }
 
+/// Where writes are refused: the command is one, and is counted.
+#[cold]
+#[inline(never)]
+fn is_refused(command: &Command<'_>, counters: &mut Counters) -> bool {
+    let refused = command.asks_for_a_change();
+    counters.read_only_refusals += u64::from(refused);
+    refused
+}
+
 /// The shards that one core owns: a contiguous run.
 pub(crate) struct Shards {
     shards: Vec<Shard>,
@@ -40,6 +49,8 @@ pub(crate) struct Shards {
     value_bytes_max: usize,
     /// At the memory limit items make place.
     evicts: bool,
+    /// No client's write is executed.
+    refuses_writes: bool,
     /// How many cores share the limit.
     cores: u64,
     /// The shard that work was done for last.
@@ -71,6 +82,7 @@ impl Shards {
             budget,
             value_bytes_max,
             evicts,
+            refuses_writes: false,
             cores: u64::from(table.cores()),
             served: 0,
             busy: false,
@@ -100,9 +112,35 @@ impl Shards {
         self.shards[self.place(shard)].prefetch_item(hash);
     }
 
-    /// Executes a command on one of them.
+    /// No client's write is executed.
+    pub(crate) fn refuses_writes(&self) -> bool {
+        self.refuses_writes
+    }
+
+    /// Sets whether clients' writes are refused from now on.
+    pub(crate) fn refuse_writes(&mut self, refuse: bool) {
+        self.refuses_writes = refuse;
+    }
+
+    /// Executes a client's command on one of them, unless it is a write and those are refused.
     #[inline]
     pub(crate) fn execute(
+        &mut self,
+        shard: u16,
+        hash: u64,
+        command: &Command<'_>,
+        now: UnixMillis,
+        counters: &mut Counters,
+    ) -> Reply<'_> {
+        if self.refuses_writes && is_refused(command, counters) {
+            return Reply::ReadOnly;
+        }
+        self.execute_always(shard, hash, command, now, counters)
+    }
+
+    /// Executes a command that nobody may refuse: what is stored already is brought back by it.
+    #[inline]
+    pub(crate) fn execute_always(
         &mut self,
         shard: u16,
         hash: u64,

@@ -79,11 +79,20 @@ pub(crate) enum Vote {
     Prepared = 2,
     /// It has executed its part and unlocked.
     Done = 3,
+    /// It takes no writes, and its part has one. What was locked is locked.
+    ReadOnly = 4,
 }
 
 impl Vote {
     fn from_number(number: u8) -> Self {
-        [Vote::NoMemory, Vote::TooLarge, Vote::Prepared, Vote::Done][usize::from(number)]
+        let all = [
+            Vote::NoMemory,
+            Vote::TooLarge,
+            Vote::Prepared,
+            Vote::Done,
+            Vote::ReadOnly,
+        ];
+        all[usize::from(number)]
     }
 }
 
@@ -301,7 +310,9 @@ impl Coordinator {
         };
         let read_bytes: u64 = self.participants.iter().map(|participant| participant.read_bytes).sum();
         let mut checks = self.participants.iter().flat_map(|participant| &participant.checks);
-        let end = if said(Vote::NoMemory) {
+        let end = if said(Vote::ReadOnly) {
+            TxnEnd::ReadOnly
+        } else if said(Vote::NoMemory) {
             TxnEnd::OutOfMemory
         } else if said(Vote::TooLarge) || read_bytes > self.read_bytes_max {
             TxnEnd::TooLarge
@@ -323,7 +334,7 @@ impl Coordinator {
             Scope::Reads => false,
             Scope::Store => true,
         };
-        if matches!(end, TxnEnd::OutOfMemory | TxnEnd::TooLarge) || !acts {
+        if !matches!(end, TxnEnd::Success | TxnEnd::Failure) || !acts {
             return Next::FinishAnd(Decision::Release);
         }
         for participant in &mut self.participants {
@@ -340,9 +351,14 @@ impl Coordinator {
         self.scope == Scope::Reads
     }
 
+    /// Nothing was done, because a participant takes no writes.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.phase == Phase::Decide(TxnEnd::ReadOnly)
+    }
+
     /// What is said in place of what it has read, when there is no memory to put that together.
     pub(crate) fn refuse(self) -> TxnResults {
-        TxnResults::without_memory(self.commands())
+        TxnResults::refused(TxnEnd::OutOfMemory, self.commands())
     }
 
     fn commands(&self) -> usize {
@@ -357,7 +373,7 @@ impl Coordinator {
         let executed = match end {
             TxnEnd::Success => Some(Role::Success),
             TxnEnd::Failure => Some(Role::Failure),
-            TxnEnd::OutOfMemory | TxnEnd::TooLarge => None,
+            TxnEnd::OutOfMemory | TxnEnd::TooLarge | TxnEnd::ReadOnly => None,
         };
         let (mut checks, mut replies) = (vec![], Rope::default());
         let bytes = self
@@ -486,16 +502,20 @@ mod tests {
     }
 
     #[test]
-    fn without_memory_nothing_is_executed() {
-        let order = [(Role::Success, 0), (Role::Success, 1)];
-        let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
-        say(&mut txn, 0, Vote::Prepared, &[], &[]);
-        say(&mut txn, 1, Vote::NoMemory, &[], &[]);
-        assert_eq!(txn.next(), Next::FinishAnd(Decision::Release));
-        let results = txn.finish();
-        assert_eq!(
-            (results.end, results.replies.len(), results.commands),
-            (TxnEnd::OutOfMemory, 0, 2)
-        );
+    fn when_one_cannot_nothing_is_executed() {
+        for (first, second, end) in [
+            (Vote::Prepared, Vote::NoMemory, TxnEnd::OutOfMemory),
+            (Vote::Prepared, Vote::ReadOnly, TxnEnd::ReadOnly),
+            (Vote::ReadOnly, Vote::NoMemory, TxnEnd::ReadOnly),
+        ] {
+            let order = [(Role::Success, 0), (Role::Success, 1)];
+            let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
+            say(&mut txn, 0, first, &[], &[]);
+            say(&mut txn, 1, second, &[], &[]);
+            assert_eq!(txn.next(), Next::FinishAnd(Decision::Release));
+            assert_eq!(txn.is_read_only(), end == TxnEnd::ReadOnly);
+            let results = txn.finish();
+            assert_eq!((results.end, results.replies.len(), results.commands), (end, 0, 2));
+        }
     }
 }

@@ -584,3 +584,35 @@ fn what_fails_over_protobuf() {
     let words = ["does not speak the protobuf protocol", "HTTP/1.1 400", "right port"];
     expect_error(&run(&address, &["version"]), 1, &words);
 }
+
+/// A server that takes no writes: its words are shown, over both protocols.
+#[test]
+fn a_read_only_server() {
+    let config = Config {
+        cores: Some(1),
+        memcached: "127.0.0.1:0".parse().unwrap(),
+        text: Some(Listen::Off),
+        protobuf: "127.0.0.1:0".parse().unwrap(),
+        json_line: Listen::Off,
+        http: Listen::Off,
+        grpc: Listen::Off,
+        read_only: true,
+        ..Config::default()
+    };
+    let server = Server::start(config).unwrap();
+    let memcached = server.address(Protocol::Memcached).unwrap().to_string();
+    let protobuf = format!("protobuf://{}", server.address(Protocol::Protobuf).unwrap());
+    for address in [&memcached, &protobuf] {
+        for arguments in [["set", "k", "v"].as_slice(), &["delete", "k"], &["flush"]] {
+            expect_error(&run(address, arguments), 1, &["the server is read-only"]);
+        }
+    }
+    for arguments in [["incr", "k"].as_slice(), &["touch", "k", "5"]] {
+        expect_error(
+            &run(&memcached, arguments),
+            1,
+            &["SERVER_ERROR the server is read-only"],
+        );
+    }
+    server.stop();
+}

@@ -287,6 +287,52 @@ fn refusals() {
     server.stop();
 }
 
+/// A server that takes no writes says so, of one key and of many; its reads go on.
+#[test]
+fn a_read_only_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows");
+    std::fs::write(&path, "a 1\nb 2\n").unwrap();
+    let (server, address) = start(Config {
+        read_only: true,
+        load: Some(path),
+        ..config(2, false)
+    });
+    assert_eq!(server.loaded().unwrap().rows, 2);
+    let mut client = Client::connect(address).unwrap();
+    for error in [
+        client.set("a", "x").unwrap_err(),
+        client.set("new", vec![0; 100_000]).unwrap_err(),
+        client.set_many([Put::new("a", "x"), Put::new("b", "x")]).unwrap_err(),
+        client.delete("a").unwrap_err(),
+        client.delete_many(&["a", "b"]).unwrap_err(),
+        client.flush(Duration::ZERO).unwrap_err(),
+        client.flush(Duration::from_secs(1)).unwrap_err(),
+    ] {
+        assert!(
+            matches!(
+                &error,
+                Error::Refused {
+                    code: Code::ReadOnly,
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains("the server is read-only"), "{error}");
+    }
+    assert_eq!(value(&mut client, "a"), Some(b"1".to_vec()));
+    assert_eq!(value(&mut client, "b"), Some(b"2".to_vec()));
+    assert_eq!(value(&mut client, "new"), None);
+    let counters = client.metrics().unwrap().counters;
+    assert_eq!((counters["read_only_refusals"], counters["items"]), (7, 2));
+    assert_eq!(
+        counters["connections_opened"], 1,
+        "a refusal must not cost the connection"
+    );
+    server.stop();
+}
+
 /// An operator's program reads counters, percentiles and whole histograms.
 #[test]
 fn metrics_of_all_cores() {

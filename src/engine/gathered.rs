@@ -201,7 +201,7 @@ impl Engine {
         self.metrics.counters.out_of_memory += 1;
         let commands = placed.iter().filter(|placed| placed.wish.role() == Role::Success);
         let mut reply = Rope::default();
-        let results = TxnResults::without_memory(commands.count());
+        let results = TxnResults::refused(TxnEnd::OutOfMemory, commands.count());
         protocol::encode_txn(session.protocol, shape, results, &mut reply);
         self.answer(session, &reply.flat);
     }
@@ -248,12 +248,16 @@ impl Engine {
         let shape = Shape { code, text: &text };
         match gather.of {
             Gathered::Report { report, .. } => {
+                let is_read_only = matches!(report, Report::ReadOnly);
+                self.metrics.counters.read_only_refusals += u64::from(is_read_only);
                 protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
             }
             Gathered::Txn(coordinator) => {
                 self.metrics.counters.txns += 1;
+                let is_read_only = coordinator.is_read_only();
+                self.metrics.counters.read_only_refusals += u64::from(is_read_only);
                 if coordinator.empties_the_store() {
-                    let report = Report::Done;
+                    let report = if is_read_only { Report::ReadOnly } else { Report::Done };
                     protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
                 } else {
                     let mut results = if has_room || !coordinator.only_reads() {
@@ -322,6 +326,8 @@ impl Engine {
     /// Does this core's part of a broadcast.
     pub(super) fn answer_broadcast(&mut self, broadcast: Broadcast) -> Report {
         match broadcast {
+            // Whoever has noted it is refused when the time comes.
+            Broadcast::Flush(_) if self.shards.refuses_writes() => Report::ReadOnly,
             Broadcast::Flush(at) => {
                 self.flush_at = at;
                 Report::Done

@@ -212,6 +212,9 @@ impl Engine {
         if record.scope == Scope::Reads {
             return self.answer_reads(parked.link, &request, &record, Vote::Done);
         }
+        if self.refuses(&record) {
+            return self.answer_read_only(parked.link, &request);
+        }
         let large = parked.large_values();
         let Survey {
             checks,
@@ -234,6 +237,18 @@ impl Engine {
             self.execute_members(parked.link, &request, &record, &large, role, price.charged_bytes);
         }
         self.links[parked.link].finish_reply(start);
+    }
+
+    /// This core takes no writes, and the part has one: whether it would come to that is not asked.
+    fn refuses(&self, record: &PartRecord<'_>) -> bool {
+        let writes = || record.scope == Scope::Store || members(record.members).any(|member| !member.only_reads());
+        self.shards.refuses_writes() && writes()
+    }
+
+    fn answer_read_only(&mut self, link: usize, request: &Request<'_>) {
+        let start = self.links[link].begin_reply(request.to);
+        push_vote(&mut self.links[link].replies().flat, Vote::ReadOnly, 0, &[]);
+        self.links[link].finish_reply(start);
     }
 
     /// Sets memory aside for what is to be executed, or says why it cannot be.
@@ -290,6 +305,9 @@ impl Engine {
         let record = PartRecord::read(&request);
         if record.scope == Scope::Reads {
             return self.answer_reads(link, &request, &record, Vote::Prepared);
+        }
+        if self.refuses(&record) {
+            return self.answer_read_only(link, &request);
         }
         let large = part.parked.large_values();
         let Survey {

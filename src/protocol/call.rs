@@ -166,11 +166,13 @@ pub(super) fn with_value<'a>(header: &'a [u8], value: &'a Bytes) -> Step<'a> {
     }
 }
 
-/// See [`Decoder::without_memory`]: the value is not sent after this answer.
-pub(super) fn without_memory<'a>(header: &'a [u8], env: &Env<'a>) -> Step<'a> {
+/// See [`Decoder::without_value`]: the value is not sent after this answer.
+pub(super) fn without_value<'a>(header: &'a [u8], why: &Reply<'_>, env: &Env<'a>) -> Step<'a> {
+    let mut answer = Rope::default();
+    encode(why, &mut answer);
     let mut reader = Reader(&header[HEAD_BYTES..]);
     Step {
-        decoded: Decoded::Refused(env.arena.alloc_slice_copy(&out_of_memory())),
+        decoded: Decoded::Refused(env.arena.alloc_slice_copy(&answer.flat)),
         used: header.len(),
         swallow: reader.u32() as usize,
         next: Decoder::Call,
@@ -191,15 +193,18 @@ pub enum Outcome {
     ConditionFailed,
     /// The result would be too large.
     TooLarge,
+    /// The key's owner takes no writes.
+    ReadOnly,
 }
 
 impl Outcome {
-    const ALL: [Outcome; 5] = [
+    const ALL: [Outcome; 6] = [
         Outcome::Done,
         Outcome::NotFound,
         Outcome::OutOfMemory,
         Outcome::ConditionFailed,
         Outcome::TooLarge,
+        Outcome::ReadOnly,
     ];
 }
 
@@ -251,6 +256,7 @@ pub(super) fn encode(reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotStored | Reply::VersionMismatch | Reply::NotANumber => (Outcome::ConditionFailed, false, Version(0)),
         Reply::OutOfMemory => (Outcome::OutOfMemory, false, Version(0)),
         Reply::TooLarge => (Outcome::TooLarge, false, Version(0)),
+        Reply::ReadOnly => (Outcome::ReadOnly, false, Version(0)),
     };
     let flat = &mut out.flat;
     flat.extend_from_slice(&[outcome as u8, u8::from(created)]);

@@ -12,7 +12,7 @@
 //! Verbs in any case; blanks matter only inside a value; lines end in LF or CRLF and are UTF-8. What a client typed wrong is
 //! answered with an Error and a `mesg`, and an open transaction stays as it is.
 
-use super::{Buffered, Decoded, Decoder, Env, Shape, Step, TxnResults};
+use super::{Buffered, Decoded, Decoder, Env, READ_ONLY, Shape, Step, TxnResults};
 use crate::encoding::Rope;
 use crate::model::{Command, Delete, Op, Put, Reply, TxnEnd, Value};
 
@@ -250,6 +250,7 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotFound if shape.code == kind::DELETE => out.push(OK),
         Reply::NotFound => out.push(&error(NO_SUCH_KEY)),
         Reply::OutOfMemory => out.push(&error(NO_MEMORY)),
+        Reply::ReadOnly => out.push(&error(READ_ONLY)),
         _ => out.push(&error("it could not be done")),
     }
 }
@@ -306,6 +307,7 @@ pub(super) fn encode_txn(shape: &Shape<'_>, mut results: TxnResults, out: &mut R
         TxnEnd::Failure => out.push(&error("a key that was read has changed: nothing was applied")),
         TxnEnd::OutOfMemory => out.push(&error("the server's memory limit is reached: nothing was applied")),
         TxnEnd::TooLarge => out.push(&error("the value is too large for one response")),
+        TxnEnd::ReadOnly => out.push(&error("the server is read-only: nothing was applied")),
     }
 }
 

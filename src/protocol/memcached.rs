@@ -50,6 +50,7 @@ const BAD_DELTA: &[u8] = b"CLIENT_ERROR invalid numeric delta argument\r\n";
 const BAD_CHUNK: &[u8] = b"CLIENT_ERROR bad data chunk\r\n";
 const TOO_LARGE: &[u8] = b"SERVER_ERROR object too large for cache\r\n";
 const NO_MEMORY: &[u8] = b"SERVER_ERROR out of memory storing object\r\n";
+const READ_ONLY: &[u8] = b"SERVER_ERROR the server is read-only\r\n";
 const NOT_A_NUMBER: &[u8] = b"CLIENT_ERROR cannot increment or decrement non-numeric value\r\n";
 const END: &[u8] = b"END\r\n";
 const OK: &[u8] = b"OK\r\n";
@@ -184,11 +185,16 @@ fn keys<'a>(
         }
         return wait(from);
     };
-    let end = from + length;
-    let ends_line = input[end] == b'\n';
+    let mut end = from + length;
     let mut key = &input[from..end];
+    if touch.is_some() {
+        end += bytes_to_line_end(&input[end..]).unwrap_or(0);
+    }
+    let ends_line = input[end] == b'\n';
     if ends_line {
-        key = key.strip_suffix(b"\r").unwrap_or(key);
+        if end == from + length {
+            key = key.strip_suffix(b"\r").unwrap_or(key);
+        }
         if key.is_empty() {
             let decoded = match first {
                 // `gat 0` without keys is an empty answer to memcached, not an error.
@@ -218,6 +224,17 @@ fn keys<'a>(
     }
     let op = Op::Get { version, effects };
     at(next, Decoded::Command(Command { key, op }, Shape::code(code)), end + 1)
+}
+
+/// How many blanks, and perhaps a CR, stand before the line's end, if nothing else does. The last key of a `gat` must be known
+/// to be that when it is executed, for an error may take the place of END.
+fn bytes_to_line_end(rest: &[u8]) -> Option<usize> {
+    let blanks = rest.iter().take_while(|byte| **byte == b' ').count();
+    match rest[blanks..] {
+        [b'\n', ..] => Some(blanks),
+        [b'\r', b'\n', ..] => Some(blanks + 1),
+        _ => None,
+    }
 }
 
 fn other_line<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
@@ -303,8 +320,8 @@ enum Source<'a> {
     Input(&'a [u8]),
     /// Collected; the input goes on behind it.
     Collected(&'a Bytes, &'a [u8]),
-    /// Nowhere: there was no memory for it.
-    NoMemory,
+    /// Nowhere: it is not taken. With what the client is told.
+    Refused(&'static [u8]),
 }
 
 /// A value with the line end that must follow it.
@@ -333,9 +350,9 @@ impl<'a> Source<'a> {
                 Some(_) => Found::Bad(2),
                 None => Found::Not(at_line(Decoded::Incomplete, 0)),
             },
-            Source::NoMemory => Found::Not(Step {
+            Source::Refused(answer) => Found::Not(Step {
                 swallow: bytes + 2,
-                ..at_line(Decoded::Refused(if quiet { b"" } else { NO_MEMORY }), header)
+                ..at_line(Decoded::Refused(if quiet { b"" } else { answer }), header)
             }),
         }
     }
@@ -433,9 +450,13 @@ pub(super) fn with_value<'a>(header: &'a [u8], value: &'a Bytes, rest: &'a [u8],
     from_source(header, Source::Collected(value, rest), env)
 }
 
-/// See [`Decoder::without_memory`].
-pub(super) fn without_memory<'a>(header: &'a [u8], env: &Env<'a>) -> Step<'a> {
-    from_source(header, Source::NoMemory, env)
+/// See [`Decoder::without_value`].
+pub(super) fn without_value<'a>(header: &'a [u8], why: &Reply<'_>, env: &Env<'a>) -> Step<'a> {
+    let answer = match why {
+        Reply::ReadOnly => READ_ONLY,
+        _ => NO_MEMORY,
+    };
+    from_source(header, Source::Refused(answer), env)
 }
 
 fn from_source<'a>(header: &'a [u8], source: Source<'a>, env: &Env<'a>) -> Step<'a> {
@@ -631,7 +652,8 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
             meta::encode(shape, key, reply, now, out);
         }
         _ if shape.code & QUIET != 0 => {}
-        kind::TOO_LARGE => out.push(TOO_LARGE),
+        // The old value is still there, so the client must not be told that it is not.
+        kind::TOO_LARGE if !matches!(reply, Reply::ReadOnly) => out.push(TOO_LARGE),
         kind => encode_line(kind, reply, out),
     }
 }
@@ -658,7 +680,8 @@ fn encode_value(code: u32, key: &[u8], reply: &Reply<'_>, out: &mut Rope) {
         out.push(b"\r\n");
     }
     if code & LAST != 0 {
-        out.push(END);
+        // One line ends the answer, also where each of several keys was refused its new deadline.
+        out.push(if let Reply::ReadOnly = reply { READ_ONLY } else { END });
     }
 }
 
@@ -678,6 +701,7 @@ fn encode_line(kind: u32, reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotANumber => NOT_A_NUMBER,
         // Only appending meets the limit here, and this is what memcached says then.
         Reply::TooLarge => b"NOT_STORED\r\n",
+        Reply::ReadOnly => READ_ONLY,
         Reply::OutOfMemory if kind == kind::COUNT => b"SERVER_ERROR out of memory in incr\r\n",
         Reply::OutOfMemory => NO_MEMORY,
     });
@@ -692,8 +716,9 @@ fn stat(out: &mut Rope, name: impl std::fmt::Display, value: impl std::fmt::Disp
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     match (shape.code & 0xff, report) {
         (kind::RESET, _) => return out.push(b"RESET\r\n"),
-        (_, Report::Done) if shape.code & QUIET != 0 => return,
+        (_, Report::Done | Report::ReadOnly) if shape.code & QUIET != 0 => return,
         (_, Report::Done) => return out.push(OK),
+        (_, Report::ReadOnly) => return out.push(READ_ONLY),
         (kind::STATS_ITEMS, Report::Metrics(cores)) => stats_items(&sum(cores), out),
         (kind::STATS_LATENCY, Report::Metrics(cores)) => stats_latency(&sum(cores), out),
         (kind::STATS_CORES, Report::Metrics(cores)) => stats_cores(cores, out),
@@ -775,6 +800,7 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("touch_misses", c.touch_misses),
         ("store_too_large", c.too_large),
         ("store_no_memory", c.out_of_memory),
+        ("read_only_refusals", c.read_only_refusals),
         ("bytes_read", c.bytes_received),
         ("bytes_written", c.bytes_sent),
         ("limit_maxbytes", server.memory_bytes_max),
@@ -975,6 +1001,7 @@ pub(super) fn encode_settings(server: &ServerFacts<'_>, out: &mut Rope) {
         "shutdown_command",
         if config.enable_shutdown { "yes" } else { "no" },
     );
+    stat(out, "read_only", if config.read_only { "yes" } else { "no" });
     stat(out, "num_threads", server.table.cores());
     stat(out, "cas_enabled", "yes");
     stat(out, "tcp_backlog", limits.backlog);

@@ -8,7 +8,7 @@
 //! A message of [`LARGE_VALUE_BYTES`] and more is collected into memory of its own, of which a single large value stays a
 //! part: it is never copied again.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, is_http, is_text};
+use super::{Decoded, Decoder, Env, READ_ONLY, ServerFacts, Shape, Step, TxnResults, is_http, is_text};
 use crate::encoding::Rope;
 use crate::metrics::{Metrics, Report};
 use crate::model::{
@@ -241,7 +241,7 @@ pub(super) fn with_value<'a>(header: &'a [u8], message: &'a Bytes, env: &Env<'a>
     at(or_refused(decoded, id, env), 0)
 }
 
-/// See [`Decoder::without_memory`].
+/// See [`Decoder::without_value`]: what was announced is a message, which may be about anything.
 pub(super) fn without_memory<'a>(header: &'a [u8], env: &Env<'a>) -> Step<'a> {
     let (id, mut prefix) = (id_of(header), header);
     let length = decode_varint(&mut prefix).unwrap_or_default() as usize;
@@ -751,6 +751,7 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotStored | Reply::VersionMismatch | Reply::NotANumber => result.code = Code::ConditionFailed,
         Reply::OutOfMemory => result.code = Code::OutOfMemory,
         Reply::TooLarge => result.code = Code::TooLarge,
+        Reply::ReadOnly => result.code = Code::ReadOnly,
     }
     if shape.code & WITH_VERSION == 0 {
         result.version = 0;
@@ -788,6 +789,8 @@ pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope)
         TxnEnd::OutOfMemory => {
             return push_refusal(shape, Code::OutOfMemory, "the server's memory limit is reached", out);
         }
+        TxnEnd::ReadOnly if of_keys => (0..commands).for_each(|_| push_code(Code::ReadOnly, &mut replies)),
+        TxnEnd::ReadOnly => return push_refusal(shape, Code::ReadOnly, READ_ONLY, out),
         TxnEnd::Failure if of_keys => {
             for held in checks {
                 let code = if held { Code::Aborted } else { Code::ConditionFailed };
@@ -883,6 +886,7 @@ fn push_refusal(shape: &Shape<'_>, code: Code, message: &str, out: &mut Rope) {
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     let metrics = match report {
         Report::Metrics(cores) => Some(metrics_report(cores.iter().map(|(_, metrics)| metrics), server)),
+        Report::ReadOnly => return push_refusal(shape, Code::ReadOnly, READ_ONLY, out),
         _ => None,
     };
     let response = Response {

@@ -5,11 +5,13 @@
 //! get <key>\r\n                       VALUE <key> <bytes> \r\n<value>\r\nEND\r\n, with 0 bytes for a missing key
 //! delete\r\n                          DELETED\r\n: the whole store is empty now
 //! ```
+//! A server that takes no writes answers `NOT-STORED\r\n` to `set` and `INVALID REQUEST\r\n` to `delete`.
 //! Anything else is answered `INVALID REQUEST\r\n`. Blanks between and behind words do not matter; a line may end in LF.
 //! A value that CRLF does not follow is invalid, and the next request is looked for behind the next LF.
 
 use super::{Decoded, Decoder, Env, Line, Shape, Step, is_http, line, parse_u64, words};
 use crate::encoding::{Rope, push_decimal};
+use crate::metrics::Report;
 use crate::model::{Broadcast, Command, LARGE_VALUE_BYTES, Op, Put, Reply, Value};
 use bytes::Bytes;
 
@@ -127,8 +129,8 @@ pub(super) fn out_of_memory() -> &'static [u8] {
     b"NOT-STORED\r\n"
 }
 
-/// See [`Decoder::without_memory`].
-pub(super) fn without_memory<'a>(header: &'a [u8], _env: &Env<'a>) -> Step<'a> {
+/// See [`Decoder::without_value`]: the answer does not tell why.
+pub(super) fn without_value<'a>(header: &'a [u8]) -> Step<'a> {
     let header = header.trim_ascii_end();
     let bytes = words(header).nth(2).and_then(parse_u64).unwrap_or_default();
     Step {
@@ -155,6 +157,9 @@ pub(super) fn encode(_shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, out: &mu
 }
 
 /// Encodes the reply to the only broadcast there is.
-pub(super) fn encode_report(out: &mut Rope) {
-    out.push(b"DELETED\r\n");
+pub(super) fn encode_report(report: &Report, out: &mut Rope) {
+    out.push(match report {
+        Report::ReadOnly => INVALID,
+        _ => b"DELETED\r\n",
+    });
 }

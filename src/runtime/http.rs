@@ -669,8 +669,13 @@ fn too_large(bytes: usize, most: usize) -> Problem {
 fn refused(answer: &Answer) -> Problem {
     match answer.outcome {
         Outcome::TooLarge => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the value is too large"),
+        Outcome::ReadOnly => read_only(),
         _ => no_memory(),
     }
+}
+
+fn read_only() -> Problem {
+    Problem::new(StatusCode::FORBIDDEN, "the server is read-only: nothing was changed")
 }
 
 fn no_memory() -> Problem {

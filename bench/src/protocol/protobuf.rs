@@ -54,7 +54,7 @@ mod code {
     pub(super) const NOT_FOUND: u64 = 1;
     pub(super) const CONDITION_FAILED: u64 = 2;
     /// In the order of their numbers.
-    pub(super) const NAMES: [&str; 10] = [
+    pub(super) const NAMES: [&str; 11] = [
         "OK",
         "NOT_FOUND",
         "CONDITION_FAILED",
@@ -65,6 +65,7 @@ mod code {
         "UNKNOWN_COMMAND",
         "UNAVAILABLE",
         "ABORTED",
+        "READ_ONLY",
     ];
 
     pub(super) fn name(code: u64) -> &'static [u8] {
@@ -549,6 +550,7 @@ mod tests {
             (Command::Set, Code::Ok, Reply::Stored),
             (Command::Set, Code::ConditionFailed, Reply::NotStored),
             (Command::Set, Code::OutOfMemory, Reply::Refused(b"OUT_OF_MEMORY")),
+            (Command::Delete, Code::ReadOnly, Reply::Refused(b"READ_ONLY")),
             (Command::Delete, Code::Ok, Reply::Deleted),
             (Command::Delete, Code::NotFound, Reply::NotFound),
         ] {
