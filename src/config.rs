@@ -195,6 +195,15 @@ pub struct Config {
     #[arg(long, value_name = "US", default_value_t = 0)]
     pub spin_us: u32,
 
+    /// Requests that take longer than this, from their arrival to when the client's socket has taken the last of their replies,
+    /// go to the slow log. 0: none.
+    #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = parse_duration)]
+    pub slow_log_threshold: Duration,
+
+    /// Entries of the slow log, for each core. Beyond it the oldest are forgotten.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=10000))]
+    pub slow_log_len: u16,
+
     /// Seed of the hash that spreads keys. Set it to compare runs; otherwise every start draws a new one, so that nobody can
     /// prepare keys that all land in one place.
     #[arg(long, value_name = "N")]

@@ -5,7 +5,7 @@
 
 use crate::model::{
     Broadcast, Check, Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, NewVersion, Op, Put,
-    Removal, UnixMillis, Value, Version,
+    Removal, UnixMillis, Value, Version, Wanted,
 };
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -532,7 +532,15 @@ pub fn push_broadcast(out: &mut Vec<u8>, broadcast: Broadcast) {
             out.push(0);
             push_option(out, at, |out, at| push_u64(out, at.0));
         }
-        Broadcast::Metrics { latencies } => out.push(if latencies { 7 } else { 1 }),
+        Broadcast::Metrics(wanted) => {
+            out.push(1);
+            let Wanted {
+                latencies,
+                hot_keys,
+                slow_log,
+            } = wanted;
+            out.extend([latencies, hot_keys, slow_log].map(u8::from));
+        }
         Broadcast::ResetMetrics => out.push(2),
         Broadcast::Connections => out.push(3),
         Broadcast::PrefixStats(on) => out.push(4 + u8::from(on)),
@@ -544,7 +552,11 @@ pub fn push_broadcast(out: &mut Vec<u8>, broadcast: Broadcast) {
 pub fn read_broadcast(reader: &mut Reader<'_>) -> Broadcast {
     match reader.u8() {
         0 => Broadcast::Flush(reader.option(|reader| UnixMillis(reader.u64()))),
-        kind @ (1 | 7) => Broadcast::Metrics { latencies: kind == 7 },
+        1 => Broadcast::Metrics(Wanted {
+            latencies: reader.u8() == 1,
+            hot_keys: reader.u8() == 1,
+            slow_log: reader.u8() == 1,
+        }),
         2 => Broadcast::ResetMetrics,
         3 => Broadcast::Connections,
         4 => Broadcast::PrefixStats(false),

@@ -11,6 +11,7 @@ use crate::config::{Config, Eviction};
 use crate::encoding::{REUSED_BYTES_MAX, Rope};
 use crate::link::{Batch, CreditLimits, Direction, Link, Return, cost_bytes};
 use crate::locks::{Locks, Target as Lock, TxnId};
+use crate::metrics::hot_keys::HotKeys;
 use crate::metrics::{Counters, Metrics, Prefixes};
 use crate::model::{Broadcast, Class, Command, CoreId, LARGE_VALUE_BYTES, Op, Put, Reply, ShardId, UnixMillis, Value};
 use crate::partition::{Place, RangeTable};
@@ -32,6 +33,7 @@ mod interactive;
 mod links;
 mod memory;
 mod participant;
+mod slow;
 mod time;
 
 /// How many requests of one connection are decoded before the first is executed, so that the memory that each will need is
@@ -95,6 +97,9 @@ pub struct Engine {
     /// What this core counts.
     pub metrics: Metrics,
     prefixes: Option<Prefixes>,
+    /// Of the keys that it owns.
+    hot_keys: HotKeys,
+    slow: slow::Slow,
     process: ProcessFacts,
     buffers: Vec<Vec<u8>>,
     #[expect(clippy::vec_box, reason = "batches travel between cores as boxes")]
@@ -162,6 +167,8 @@ impl Engine {
             sessions: Sessions::default(),
             metrics: Metrics::default(),
             prefixes: None,
+            hot_keys: HotKeys::new(u64::from(core.0) + 1),
+            slow: slow::Slow::new(&config),
             process: ProcessFacts::default(),
             buffers: vec![],
             batches: vec![],
@@ -193,6 +200,7 @@ impl Engine {
         }
         self.now_ns = now_ns;
         self.now = now;
+        self.slow.begin_turn(now_ns);
         self.metrics.counters.turns += 1;
         if now.0 != self.ticked_ms {
             self.tick();
@@ -319,6 +327,7 @@ impl Engine {
     /// Decodes and executes what came, and keeps what cannot be yet.
     #[inline]
     fn take_in(&mut self, id: u32, mut session: Box<Session>, bytes: &[u8]) {
+        self.slow.arrived(&mut session, self.now_ns);
         if session.input.is_empty() {
             let used = self.advance(&mut session, id, bytes, None);
             if used < bytes.len() && !session.closing {
@@ -411,6 +420,7 @@ impl Engine {
             session.tell();
             more = true;
         }
+        self.slow.follow(&mut session, self.now.0);
         more |= !session.output.is_empty();
         if more {
             self.put_back(id, session);
@@ -463,6 +473,7 @@ impl Engine {
     /// has just left.
     fn advance(&mut self, session: &mut Session, id: u32, input: &[u8], resumed: Option<u16>) -> usize {
         self.ready_output(session);
+        self.slow.works_for(session, id);
         let mut arena = std::mem::take(&mut self.arena);
         let mut at = 0;
         while (at < input.len() || session.has_collected()) && session.blocked == Blocked::No && !session.closing {
@@ -583,6 +594,10 @@ impl Engine {
                 self.shards.prefetch_item(request.shard, request.place.hash);
             }
         }
+        if let Some(first) = planned.first() {
+            let Command { key, op } = &first.command;
+            session.pieces.begun(planned.len(), op.class(), key);
+        }
         for request in &planned {
             self.run(session, id, request);
         }
@@ -692,6 +707,9 @@ impl Engine {
         shape: &Shape<'_>,
         target: Target<'_>,
     ) -> usize {
+        if self.hot_keys.is_due() {
+            self.hot_keys.count(command.key, hash, !command.only_reads());
+        }
         let counters = &mut self.metrics.counters;
         let mut reply = self.shards.execute(shard, hash, command, self.now, counters);
         if let Some(prefixes) = &mut self.prefixes {
@@ -824,6 +842,7 @@ impl Engine {
                 return Outcome::End;
             }
         }
+        slow::begin_special(session, &step.decoded);
         session.decoder = step.next;
         session.swallow = step.swallow;
         Outcome::Done
@@ -872,6 +891,7 @@ impl Engine {
                             shard,
                             link,
                         };
+                        session.pieces.begun(1, planned.command.op.class(), planned.command.key);
                         self.run(session, id, &planned);
                         session.decoder = step.next;
                         session.swallow = step.swallow;
@@ -900,6 +920,7 @@ impl Engine {
     /// Ends a turn: what was answered in it was answered now.
     #[inline]
     pub fn end_turn(&mut self, now_ns: u64) {
+        self.time_is(now_ns);
         self.metrics.end_turn(self.now_ns, now_ns);
         self.publish_if_much();
     }

@@ -1,10 +1,16 @@
-//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks.
+//! One core's counters and latency histograms: plain numbers, written by that core alone and merged when somebody asks. Beside
+//! them, [which keys are hot](hot_keys) and [which requests were slow](slow_log).
+
+pub mod hot_keys;
+pub mod slow_log;
 
 use crate::encoding::Reader;
 use crate::model::{Class, Command, CoreId, Op, Reply};
 use ahash::AHashMap;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+use hot_keys::HotKey;
+use slow_log::SlowRequest;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -179,6 +185,10 @@ struct Answered {
 pub struct Metrics {
     /// The plain numbers.
     pub counters: Counters,
+    /// Of a report, if they were wanted: one core's hottest keys, hottest first. Not merged.
+    pub hot_keys: Vec<HotKey>,
+    /// Of a report, if they were wanted: one core's last slow requests, newest first. Not merged.
+    pub slow_log: Vec<SlowRequest>,
     /// By class: latency in nanoseconds of requests served by the core that received them, and of forwarded ones.
     local: Vec<Histogram<u64>>,
     forwarded: Vec<Histogram<u64>>,
@@ -192,6 +202,8 @@ impl Default for Metrics {
     fn default() -> Self {
         Self {
             counters: Counters::default(),
+            hot_keys: vec![],
+            slow_log: vec![],
             local: (0..CLASSES).map(|_| new_histogram()).collect(),
             forwarded: (0..CLASSES).map(|_| new_histogram()).collect(),
             local_answered: [0; CLASSES],
@@ -255,6 +267,8 @@ impl Metrics {
     pub fn without_latencies() -> Self {
         Self {
             counters: Counters::default(),
+            hot_keys: vec![],
+            slow_log: vec![],
             local: vec![],
             forwarded: vec![],
             local_answered: [0; CLASSES],
@@ -300,7 +314,7 @@ impl Metrics {
         &histograms[class as usize]
     }
 
-    /// Appends everything: the counters, then each histogram in HDR's V2 encoding behind its length.
+    /// Appends everything: the counters, each histogram in HDR's V2 encoding behind its length, hot keys, slow requests.
     pub fn push(&self, out: &mut Vec<u8>) {
         self.counters.push(out);
         out.push(u8::from(!self.local.is_empty()));
@@ -313,6 +327,10 @@ impl Metrics {
             let length = (out.len() - at - 4) as u32;
             out[at..at + 4].copy_from_slice(&length.to_le_bytes());
         }
+        out.extend_from_slice(&(self.hot_keys.len() as u32).to_le_bytes());
+        self.hot_keys.iter().for_each(|hot| hot.push(out));
+        out.extend_from_slice(&(self.slow_log.len() as u32).to_le_bytes());
+        self.slow_log.iter().for_each(|slow| slow.push(out));
     }
 
     /// Reads what [`Metrics::push`] wrote in this same process.
@@ -330,6 +348,8 @@ impl Metrics {
                 .deserialize(&mut encoded)
                 .expect("written by the same library");
         }
+        metrics.hot_keys = (0..reader.u32()).map(|_| HotKey::read(reader)).collect();
+        metrics.slow_log = (0..reader.u32()).map(|_| SlowRequest::read(reader)).collect();
         metrics
     }
 }
@@ -545,12 +565,21 @@ mod tests {
         core.answered(Class::Get);
         core.answered_later(Class::Set, 500, true);
         core.end_turn(1_000, 11_000);
+        core.hot_keys = vec![HotKey {
+            key: b"hot".to_vec(),
+            per_second: 5,
+            writes_per_second: 4,
+            share_ppm: 3,
+            error_ppm: 2,
+        }];
         let mut sum = Metrics::default();
         for _ in 0..2 {
             let mut wire = vec![];
             core.push(&mut wire);
             let mut reader = Reader(&wire);
-            sum.merge(&Metrics::read(&mut reader));
+            let read = Metrics::read(&mut reader);
+            assert_eq!(read.hot_keys, core.hot_keys);
+            sum.merge(&read);
             assert!(reader.0.is_empty());
         }
         assert_eq!((sum.counters.get_hits, sum.counters.requests), (6, 6));

@@ -348,16 +348,24 @@ impl TxnEnd {
     pub const ALL: [TxnEnd; 4] = [TxnEnd::Success, TxnEnd::Failure, TxnEnd::OutOfMemory, TxnEnd::TooLarge];
 }
 
+/// What is collected beside counters: it is large, or takes work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Histograms of latency.
+    pub latencies: bool,
+    /// The hottest keys.
+    pub hot_keys: bool,
+    /// The last slow requests.
+    pub slow_log: bool,
+}
+
 /// A request that concerns every shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broadcast {
     /// Empty the store, at once or when the moment comes.
     Flush(Option<UnixMillis>),
-    /// Collect counters, and the histograms of latency when they are wanted.
-    Metrics {
-        /// They are.
-        latencies: bool,
-    },
+    /// Collect counters, and what else is wanted.
+    Metrics(Wanted),
     /// Set the counters to zero.
     ResetMetrics,
     /// List the connections.

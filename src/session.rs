@@ -8,6 +8,10 @@ use crate::model::Class;
 use crate::protocol::{Decoder, Protocol};
 use std::collections::VecDeque;
 
+pub(crate) mod pieces;
+
+use pieces::Pieces;
+
 /// A reply that cannot leave yet, or has not come yet.
 #[derive(Debug)]
 pub(crate) struct Slot {
@@ -123,6 +127,8 @@ pub(crate) struct Session {
     pub(crate) wants_room: bool,
     pub(crate) output: Output,
     replies: Replies,
+    /// What it sent and is under way.
+    pub(crate) pieces: Pieces,
     pub(crate) blocked: Blocked,
     /// The runtime was told not to read.
     pub(crate) paused: bool,
@@ -166,6 +172,7 @@ impl Session {
             wants_room: false,
             output: Output::default(),
             replies: Replies::default(),
+            pieces: Pieces::default(),
             blocked: Blocked::No,
             paused: false,
             ended: false,
@@ -219,6 +226,7 @@ impl Session {
             + held.touched_bytes()
             + whole_bytes
             + self.gathered_bytes
+            + self.pieces.heap_bytes()
     }
 
     /// Has the handler told that what it waits for may have come.
@@ -247,6 +255,18 @@ impl Session {
         self.replies.slots.len()
     }
 
+    /// The number of the oldest reply that has not left.
+    #[inline]
+    pub(crate) fn first_reply(&self) -> u32 {
+        self.replies.first
+    }
+
+    /// The number that the next reply to wait will have.
+    #[inline]
+    pub(crate) fn next_reply(&self) -> u32 {
+        self.replies.first.wrapping_add(self.replies.slots.len() as u32)
+    }
+
     /// Bytes of replies that the client has not taken.
     pub(crate) fn output_bytes(&self) -> usize {
         self.output.len() + self.replies.held.flat.len()
@@ -263,7 +283,7 @@ impl Session {
             self.send_after = None;
             return true;
         }
-        let next = replies.first.wrapping_add(replies.slots.len() as u32);
+        let next = self.next_reply();
         let waits_for = *self.send_after.get_or_insert(next);
         let arrived = replies.first.wrapping_sub(waits_for) as i32 >= 0;
         if arrived {
@@ -309,7 +329,7 @@ impl Session {
     }
 
     fn push_slot(&mut self, class: Class, cost_bytes: u32, forwarded: bool, state: SlotState) -> u32 {
-        let number = self.replies.first.wrapping_add(self.replies.slots.len() as u32);
+        let number = self.next_reply();
         self.replies.slots.push_back(Slot {
             arrived_ns: self.arrived_ns,
             cost_bytes,
@@ -487,6 +507,8 @@ pub(crate) struct Output {
     sent_splices: usize,
     sent_of_splice: usize,
     unsent: usize,
+    /// Bytes that were ever sent.
+    taken: u64,
 }
 
 impl Output {
@@ -499,6 +521,18 @@ impl Output {
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         self.unsent == 0 && self.filling.is_empty()
+    }
+
+    /// Bytes that were ever sent.
+    #[inline]
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// What that will be when all is.
+    #[inline]
+    pub(crate) fn end(&self) -> u64 {
+        self.taken + self.len() as u64
     }
 
     /// Makes what was filled the next to be sent, when nothing is being sent. The bytes keep their addresses until
@@ -534,6 +568,7 @@ impl Output {
     #[inline]
     pub(crate) fn sent(&mut self, mut bytes: usize) -> Option<Vec<u8>> {
         self.unsent -= bytes;
+        self.taken += bytes as u64;
         if self.unsent > 0 {
             while bytes > 0 {
                 let (until, splice) = match self.sending.splices.get(self.sent_splices) {

@@ -31,7 +31,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     // L3: one connection, one core.
     ("gather", &["encoding", "metrics", "protocol", "txn"]),
     ("interactive", &["model"]),
-    ("session", &["encoding", "gather", "interactive", "model", "protocol"]),
+    (
+        "session",
+        &["encoding", "gather", "interactive", "metrics", "model", "protocol"],
+    ),
     ("sessions", &["session"]),
     ("link", &["encoding", "locks", "model", "partition", "protocol", "txn"]),
     (

@@ -326,8 +326,14 @@ impl Engine {
                 self.flush_at = at;
                 Report::Done
             }
-            Broadcast::Metrics { latencies } => {
-                let mut metrics = self.metrics.snapshot(latencies);
+            Broadcast::Metrics(wanted) => {
+                let mut metrics = self.metrics.snapshot(wanted.latencies);
+                if wanted.hot_keys {
+                    metrics.hot_keys = self.hot_keys.hottest(self.now_ns);
+                }
+                if wanted.slow_log {
+                    metrics.slow_log = self.slow.log.entries();
+                }
                 let counters = &mut metrics.counters;
                 self.shards.count(counters);
                 counters.connections = self.sessions.connections();
@@ -341,6 +347,8 @@ impl Engine {
             }
             Broadcast::ResetMetrics => {
                 self.metrics.reset();
+                self.hot_keys.clear(self.now_ns);
+                self.slow.log.clear();
                 Report::Done
             }
             Broadcast::Connections => {

@@ -87,6 +87,7 @@ impl Engine {
     /// Puts a session back that something happened to: charges what it holds now, and has the runtime look after it.
     #[inline(always)]
     pub(super) fn put_back(&mut self, id: u32, mut session: Box<Session>) {
+        self.slow.follow(&mut session, self.now.0);
         self.recharge(&mut session);
         self.sessions.put_back(id, session);
     }

@@ -9,6 +9,7 @@ impl Engine {
     pub(super) fn tick(&mut self) {
         let passed_ms = self.now.0.saturating_sub(self.ticked_ms);
         self.ticked_ms = self.now.0;
+        self.hot_keys.age(self.now_ns);
         self.shards.tick(passed_ms, self.now, &mut self.metrics.counters);
         self.publish();
         if self.core.0 == 0 && self.flush_at.is_some_and(|at| at <= self.now) {

@@ -7,7 +7,9 @@
 use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults};
 use crate::encoding::{Reader, Rope, push_check, push_command, read_check, read_command};
 use crate::metrics::Report;
-use crate::model::{Broadcast, Command, Deadline, Op, Put, Reply, Transaction, TxnEnd, UnixMillis, Value, Version};
+use crate::model::{
+    Broadcast, Command, Deadline, Op, Put, Reply, Transaction, TxnEnd, UnixMillis, Value, Version, Wanted,
+};
 use bytes::Bytes;
 
 /// What a request is, in its first byte. The length of what follows stands behind it.
@@ -134,8 +136,13 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
             Decoded::Transaction(txn, Shape::code(0))
         }
         _ => {
-            let text = u32::from(reader.u8());
-            Decoded::Broadcast(Broadcast::Metrics { latencies: false }, Shape::code(text))
+            let text = reader.u8();
+            let wanted = Wanted {
+                hot_keys: true,
+                slow_log: text == Text::Live as u8,
+                ..Wanted::default()
+            };
+            Decoded::Broadcast(Broadcast::Metrics(wanted), Shape::code(u32::from(text)))
         }
     };
     at(decoded, used)

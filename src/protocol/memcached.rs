@@ -12,7 +12,7 @@ use crate::encoding::{Rope, push_decimal};
 use crate::metrics::{Counters, Metrics, Report};
 use crate::model::{
     Broadcast, Class, Combine, Command, Condition, CoreId, Deadline, Delete, GetEffects, Increment, LARGE_VALUE_BYTES,
-    NewVersion, Op, Put, Reply, UnixMillis, Value, Version,
+    NewVersion, Op, Put, Reply, UnixMillis, Value, Version, Wanted,
 };
 use bytes::Bytes;
 use std::io::Write;
@@ -76,6 +76,8 @@ mod kind {
     pub(super) const STATS_CONNECTIONS: u32 = 16;
     pub(super) const PREFIXES: u32 = 17;
     pub(super) const RESET: u32 = 18;
+    pub(super) const STATS_HOT_KEYS: u32 = 19;
+    pub(super) const STATS_SLOW_LOG: u32 = 20;
 }
 /// The client wants no reply.
 const QUIET: u32 = 1 << 8;
@@ -574,14 +576,29 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
 }
 
 fn stats(what: &[u8], argument: &[u8], second: &[u8]) -> Decoded<'static> {
-    const METRICS: Broadcast = Broadcast::Metrics { latencies: false };
+    let none = Wanted::default();
+    let metrics = Broadcast::Metrics(none);
     let collect = |broadcast, code| Decoded::Broadcast(broadcast, Shape::code(code));
     match (what, argument) {
-        (b"", _) => collect(METRICS, kind::STATS),
+        (b"", _) => collect(metrics, kind::STATS),
         (b"settings", _) => Decoded::About(Shape::code(0)),
-        (b"items", _) => collect(METRICS, kind::STATS_ITEMS),
-        (b"latency", _) => collect(Broadcast::Metrics { latencies: true }, kind::STATS_LATENCY),
-        (b"cores", _) => collect(METRICS, kind::STATS_CORES),
+        (b"items", _) => collect(metrics, kind::STATS_ITEMS),
+        (b"latency", _) => {
+            let wanted = Wanted {
+                latencies: true,
+                ..none
+            };
+            collect(Broadcast::Metrics(wanted), kind::STATS_LATENCY)
+        }
+        (b"hotkeys", _) => {
+            let wanted = Wanted { hot_keys: true, ..none };
+            collect(Broadcast::Metrics(wanted), kind::STATS_HOT_KEYS)
+        }
+        (b"slowlog", _) => {
+            let wanted = Wanted { slow_log: true, ..none };
+            collect(Broadcast::Metrics(wanted), kind::STATS_SLOW_LOG)
+        }
+        (b"cores", _) => collect(metrics, kind::STATS_CORES),
         (b"conns", _) => collect(Broadcast::Connections, kind::STATS_CONNECTIONS),
         (b"reset", _) => collect(Broadcast::ResetMetrics, kind::RESET),
         (b"detail", b"on") => collect(Broadcast::PrefixStats(true), kind::DONE),
@@ -680,6 +697,8 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
         (kind::STATS_ITEMS, Report::Metrics(cores)) => stats_items(&sum(cores), out),
         (kind::STATS_LATENCY, Report::Metrics(cores)) => stats_latency(&sum(cores), out),
         (kind::STATS_CORES, Report::Metrics(cores)) => stats_cores(cores, out),
+        (kind::STATS_HOT_KEYS, Report::Metrics(cores)) => stats_hot_keys(cores, out),
+        (kind::STATS_SLOW_LOG, Report::Metrics(cores)) => stats_slow_log(cores, out),
         (_, Report::Metrics(cores)) => stats_general(cores, server, out),
         (_, Report::Connections(connections)) => {
             for facts in connections {
@@ -880,6 +899,57 @@ fn stats_cores(cores: &[(CoreId, Metrics)], out: &mut Rope) {
     }
 }
 
+/// A key, or the start of one, as one word of printable characters: other bytes, and the percent sign, as percent and two
+/// hexadecimal digits.
+fn escaped(key: &[u8]) -> String {
+    let mut word = String::with_capacity(key.len());
+    for byte in key {
+        if byte.is_ascii_graphic() && *byte != b'%' {
+            word.push(char::from(*byte));
+        } else {
+            // Writing to memory does not fail.
+            let _ = std::fmt::Write::write_fmt(&mut word, format_args!("%{byte:02X}"));
+        }
+    }
+    word
+}
+
+fn stats_hot_keys(cores: &[(CoreId, Metrics)], out: &mut Rope) {
+    let share = |ppm: u32| format!("{:.4}", f64::from(ppm) / 1e6);
+    for (core, metrics) in cores {
+        for (rank, hot) in (1..).zip(&metrics.hot_keys) {
+            let name = |what| format!("{}:{rank}:{what}", core.0);
+            stat(out, name("key"), escaped(&hot.key));
+            stat(out, name("per_second"), hot.per_second);
+            stat(out, name("writes_per_second"), hot.writes_per_second);
+            stat(out, name("share"), share(hot.share_ppm));
+            stat(out, name("share_error"), share(hot.error_ppm));
+        }
+    }
+}
+
+fn stats_slow_log(cores: &[(CoreId, Metrics)], out: &mut Rope) {
+    for (core, metrics) in cores {
+        for (rank, slow) in (1..).zip(&metrics.slow_log) {
+            let name = |what| format!("{}:{rank}:{what}", core.0);
+            stat(out, name("at_ms"), slow.at_ms);
+            stat(out, name("protocol"), &slow.protocol);
+            stat(out, name("client"), &slow.client);
+            stat(out, name("command"), slow.class.name());
+            if slow.key_bytes > 0 {
+                stat(out, name("key"), escaped(&slow.key));
+                stat(out, name("key_bytes"), slow.key_bytes);
+            }
+            stat(out, name("requests"), slow.requests);
+            stat(out, name("total_us"), slow.total_us());
+            stat(out, name("queue_us"), slow.queue_us);
+            stat(out, name("execute_us"), slow.execute_us);
+            stat(out, name("hop_us"), slow.hop_us);
+            stat(out, name("flush_us"), slow.flush_us);
+        }
+    }
+}
+
 /// What a connection is told before it is closed because there is no memory for its request.
 pub(super) fn out_of_memory() -> &'static [u8] {
     b"SERVER_ERROR out of memory reading request\r\n"
@@ -918,5 +988,7 @@ pub(super) fn encode_settings(server: &ServerFacts<'_>, out: &mut Rope) {
     stat(out, "mesh_requests_max", limits.mesh_requests_max);
     stat(out, "mesh_bytes_max", limits.mesh_bytes_max.0);
     stat(out, "spin_us", config.spin_us);
+    stat(out, "slow_log_threshold_us", config.slow_log_threshold.as_micros());
+    stat(out, "slow_log_len", config.slow_log_len);
     out.push(END);
 }

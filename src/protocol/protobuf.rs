@@ -13,7 +13,7 @@ use crate::encoding::Rope;
 use crate::metrics::{Metrics, Report};
 use crate::model::{
     Broadcast, Check, Class, Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, Reply,
-    Transaction, TxnEnd, UnixMillis, Value, Version,
+    Transaction, TxnEnd, UnixMillis, Value, Version, Wanted,
 };
 use crate::partition::Partitioner;
 use crate::proto::{self, Code, Response};
@@ -334,7 +334,11 @@ fn decode<'a>(
         4 => delete(body, text, env),
         5 => {
             proto::Metrics::decode(body)?;
-            Ok(Decoded::Broadcast(Broadcast::Metrics { latencies: true }, other))
+            let wanted = Wanted {
+                latencies: true,
+                ..Wanted::default()
+            };
+            Ok(Decoded::Broadcast(Broadcast::Metrics(wanted), other))
         }
         6 => {
             proto::Ping::decode(body)?;

@@ -342,15 +342,17 @@ impl Net {
             && !self.ring.submission().taskrun()
     }
 
-    /// Tells the engine what completed, and `accepted` of new sockets.
+    /// Tells the engine what completed, with the time of `clock` where that matters, and `accepted` of new sockets.
     pub(super) fn dispatch(
         &mut self,
         engine: &mut Engine,
         now_ns: u64,
+        clock: impl Fn() -> u64,
         mut accepted: impl FnMut(&mut Engine, &mut Self, Accepted),
     ) {
         let mut completed = std::mem::take(&mut self.completed);
         let mut gave_back = false;
+        let timed = engine.follows_requests();
         for entry in completed.drain(..) {
             let (data, result, flags) = (entry.user_data(), entry.result(), entry.flags());
             let number = (data >> 32) as u32;
@@ -390,6 +392,9 @@ impl Net {
                 tag::RECEIVE => {
                     if let Some(id) = cqueue::buffer_select(flags) {
                         if result > 0 && self.is_current(number, generation) {
+                            if timed {
+                                engine.time_is(clock());
+                            }
                             engine.received(number, self.buffers.bytes(id, result as usize));
                         }
                         self.buffers.give(id);
@@ -401,6 +406,9 @@ impl Net {
                 }
                 tag::SEND if self.is_current(number, generation) => {
                     self.connections[number as usize].sending = false;
+                    if timed && engine.goes_on_when_sent(number) {
+                        engine.time_is(clock());
+                    }
                     match result {
                         1.. => engine.sent(number, result as usize),
                         _ => engine.failed(number),

@@ -160,9 +160,14 @@ pub(super) async fn run(
         mesh.receive(&mut engine, |engine, handoff| {
             net.adopt(engine, handoff.socket, handoff.protocol);
         });
-        net.dispatch(&mut engine, now_ns, |engine, net, accepted| {
-            accept(engine, net, &mut mesh, &shared, accepted);
-        });
+        net.dispatch(
+            &mut engine,
+            now_ns,
+            || clock.now_ns(),
+            |engine, net, accepted| {
+                accept(engine, net, &mut mesh, &shared, accepted);
+            },
+        );
         mesh.send(&mut engine);
         net.look_after(&mut engine, &mut gateway);
         drop(engine);
