@@ -199,6 +199,7 @@ impl Engine {
         if self.started_ns == 0 {
             self.started_ns = now_ns;
         }
+        self.begin_time(now_ns);
         self.now_ns = now_ns;
         self.now = now;
         self.slow.begin_turn(now_ns);

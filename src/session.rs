@@ -564,6 +564,12 @@ impl Output {
         pieces.chain(std::iter::once(tail)).filter(|piece| !piece.is_empty())
     }
 
+    /// Takes what nobody sends: a handler reads it.
+    pub(crate) fn take_filling(&mut self) -> Rope {
+        self.taken += self.filling.len() as u64;
+        std::mem::take(&mut self.filling)
+    }
+
     /// Counts bytes as sent. When all are, returns the buffer for reuse.
     #[inline]
     pub(crate) fn sent(&mut self, mut bytes: usize) -> Option<Vec<u8>> {

@@ -133,9 +133,12 @@ impl Engine {
     /// The answer to the call, if it has come.
     pub fn take_answer(&mut self, id: u32) -> Option<Rope> {
         let session = self.sessions.get_mut(id)?;
-        session
-            .is_answered()
-            .then(|| std::mem::take(&mut session.output.filling))
+        if !session.is_answered() {
+            return None;
+        }
+        let answer = session.output.take_filling();
+        self.slow.follow(session, self.now.0);
+        Some(answer)
     }
 
     /// Takes a buffer back in which an answer came.
@@ -156,7 +159,10 @@ impl Engine {
             && session.input.is_empty()
             && session.output.filling.len() <= LARGE_VALUE_BYTES;
         if is_at_rest {
-            session.output.filling.clear(LARGE_VALUE_BYTES);
+            let mut unread = session.output.take_filling();
+            unread.clear(LARGE_VALUE_BYTES);
+            session.output.filling = unread;
+            self.slow.follow(&mut session, self.now.0);
             session.swallow = 0;
             session.closing = false;
             self.sessions.restore(id, session);

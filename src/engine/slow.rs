@@ -34,13 +34,6 @@ impl Slow {
         }
     }
 
-    /// A turn begins.
-    #[inline]
-    pub(super) fn begin_turn(&mut self, now_ns: u64) {
-        self.moment_ns = now_ns;
-        self.worked_for.clear();
-    }
-
     /// Bytes came on a connection.
     #[inline]
     pub(super) fn arrived(&self, session: &mut Session, now_ns: u64) {
@@ -52,7 +45,7 @@ impl Slow {
     /// Work for what a connection has sent begins.
     #[inline]
     pub(super) fn works_for(&mut self, session: &mut Session, id: u32) {
-        if session.pieces.is_open() {
+        if session.pieces.work() {
             self.worked_for.push(id);
         }
     }
@@ -76,6 +69,12 @@ impl Slow {
         }
         let (first, end) = (session.first_reply(), session.output.end());
         session.pieces.left(first, end, self.moment_ns);
+        self.look_for_slow(session, now_ms);
+    }
+
+    /// Looks which pieces are over, and which of those were slow.
+    #[inline]
+    fn look_for_slow(&mut self, session: &mut Session, now_ms: u64) {
         let taken = session.output.taken();
         while let Some(piece) = session.pieces.next_over(taken) {
             let took_ns = self.moment_ns.saturating_sub(piece.arrived_ns);
@@ -129,12 +128,25 @@ impl Engine {
     /// [`Engine::received`], if [`Engine::follows_requests`]; without it all of a turn counts as one.
     #[inline]
     pub fn time_is(&mut self, now_ns: u64) {
+        let passed_ns = now_ns.saturating_sub(self.slow.moment_ns);
+        self.slow.moment_ns = self.slow.moment_ns.max(now_ns);
+        self.end_work(passed_ns);
+    }
+
+    /// A turn begins. What was done since the last one ended took no time.
+    #[inline]
+    pub(super) fn begin_time(&mut self, now_ns: u64) {
+        self.end_work(0);
+        self.slow.moment_ns = now_ns;
+    }
+
+    #[inline]
+    fn end_work(&mut self, passed_ns: u64) {
         let slow = &mut self.slow;
-        let passed_ns = now_ns.saturating_sub(slow.moment_ns);
-        slow.moment_ns = slow.moment_ns.max(now_ns);
         while let Some(id) = slow.worked_for.pop() {
             if let Some(session) = self.sessions.get_mut(id) {
                 session.pieces.worked(passed_ns, slow.moment_ns);
+                slow.look_for_slow(session, self.now.0);
             }
         }
     }

@@ -13,7 +13,7 @@ pub struct SlowRequest {
     pub at_ms: u64,
     /// The protocol's name.
     pub protocol: String,
-    /// The client's address.
+    /// The client's address; empty for a request that a handler of this process made for its client.
     pub client: String,
     /// What the first of them does.
     pub class: Class,

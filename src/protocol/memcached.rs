@@ -960,7 +960,9 @@ fn stats_slow_log(cores: &[(CoreId, Metrics)], out: &mut Rope) {
             let name = |what| format!("{}:{rank}:{what}", core.0);
             stat(out, name("at_ms"), slow.at_ms);
             stat(out, name("protocol"), &slow.protocol);
-            stat(out, name("client"), &slow.client);
+            if !slow.client.is_empty() {
+                stat(out, name("client"), &slow.client);
+            }
             stat(out, name("command"), slow.class.name());
             if slow.key_bytes > 0 {
                 stat(out, name("key"), escaped(&slow.key));

@@ -19,6 +19,8 @@ pub(crate) struct Piece {
     /// How long this core worked for it, and until when.
     execute_ns: u64,
     handled_ns: u64,
+    /// It is being worked for, or was since the time was last told.
+    worked_for: bool,
     /// When its last reply was there.
     answered_ns: u64,
     /// How many requests it has.
@@ -56,6 +58,7 @@ impl Piece {
             arrived_ns,
             execute_ns: 0,
             handled_ns: arrived_ns,
+            worked_for: false,
             answered_ns: 0,
             requests: 0,
             class: Class::Other,
@@ -111,10 +114,14 @@ impl Pieces {
         self.last().filter(|piece| piece.state == State::Open)
     }
 
-    /// Some request of the last one may not be begun.
+    /// Work for what may not be begun begins. False when there is nothing.
     #[inline]
-    pub(crate) fn is_open(&mut self) -> bool {
-        self.open().is_some()
+    pub(crate) fn work(&mut self) -> bool {
+        let open = self.open();
+        open.is_some_and(|piece| {
+            piece.worked_for = true;
+            true
+        })
     }
 
     /// Bytes came. `waits`: they wait behind others that do.
@@ -154,12 +161,14 @@ impl Pieces {
         piece.requests = piece.requests.saturating_add(requests as u32);
     }
 
-    /// This core worked for the last one for so long, until now.
+    /// What was worked for was so for so long, until now.
     #[inline]
     pub(crate) fn worked(&mut self, passed_ns: u64, now_ns: u64) {
-        if let Some(piece) = self.last() {
-            piece.execute_ns += passed_ns;
-            piece.handled_ns = now_ns.max(piece.handled_ns);
+        for piece in self.first.iter_mut().chain(&mut self.behind) {
+            if std::mem::take(&mut piece.worked_for) {
+                piece.execute_ns += passed_ns;
+                piece.handled_ns = now_ns.max(piece.handled_ns);
+            }
         }
     }
 
@@ -189,11 +198,13 @@ impl Pieces {
         }
     }
 
-    /// The oldest one, if the client has all of it: the output has been taken up to the byte `taken`.
+    /// The oldest one, if the client has all of it, and the time that it took is known: the output has been taken up to the
+    /// byte `taken`.
     #[inline]
     pub(crate) fn next_over(&mut self, taken: u64) -> Option<Piece> {
-        match self.first.as_ref()?.state {
-            State::Answered(end) if taken >= end => {
+        let first = self.first.as_ref()?;
+        match first.state {
+            State::Answered(end) if taken >= end && !first.worked_for => {
                 let over = self.first.take();
                 self.first = self.behind.pop_front();
                 over
@@ -222,7 +233,7 @@ mod tests {
     fn pieces_end_in_their_order() {
         let mut pieces = Pieces::default();
         pieces.arrived(100, false);
-        assert!(pieces.is_open());
+        assert!(pieces.work());
         pieces.begun(3, Class::Get, b"first");
         pieces.begun(2, Class::Set, b"later");
         pieces.all_begun(5);
@@ -231,6 +242,7 @@ mod tests {
         pieces.arrived(200, false);
         pieces.all_begun(5);
         pieces.arrived(300, false);
+        assert!(pieces.work());
         pieces.begun(2, Class::Delete, &[b'k'; 100]);
         pieces.all_begun(7);
         pieces.worked(5, 305);

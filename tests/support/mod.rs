@@ -127,6 +127,21 @@ impl World {
         engine.end_turn(now + 1000);
     }
 
+    /// The same, but the bytes wait for so long before they are looked at, and work for them takes so long.
+    pub fn send_slowly(&mut self, client: Client, bytes: &[u8], queue_ms: u64, execute_ms: u64) {
+        let now = |world: &Self| (world.now_ms - BEGAN_MS) * 1_000_000 + 1;
+        let (came, came_ms) = (now(self), self.now_ms);
+        self.pass(queue_ms);
+        let looked_at = now(self);
+        self.pass(execute_ms);
+        let ended = now(self);
+        let engine = &mut self.engines[usize::from(client.core)];
+        engine.begin_turn(came, UnixMillis(came_ms));
+        engine.time_is(looked_at);
+        engine.received(client.id, bytes);
+        engine.end_turn(ended);
+    }
+
     pub fn end(&mut self, client: Client) {
         self.engines[usize::from(client.core)].ended(client.id);
     }

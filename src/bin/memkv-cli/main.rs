@@ -8,6 +8,7 @@
 mod failure;
 mod line;
 mod memcached;
+mod observed;
 mod protobuf;
 mod screen;
 
@@ -112,6 +113,10 @@ enum Command {
     Flush,
     /// Show statistics: general (or nothing), settings, items, conns, latency, cores and what else the server knows.
     Stats { what: Vec<OsString> },
+    /// Show the keys that are asked for most now, hottest first.
+    Hotkeys,
+    /// Show the last requests that took too long, newest first, and where their time went.
+    Slowlog,
     /// Add to a number.
     Incr(Step),
     /// Subtract from a number, down to 0.
@@ -139,6 +144,8 @@ impl Command {
             Command::Delete { .. } => "delete",
             Command::Flush => "flush",
             Command::Stats { .. } => "stats",
+            Command::Hotkeys => "hotkeys",
+            Command::Slowlog => "slowlog",
             Command::Incr(_) => "incr",
             Command::Decr(_) => "decr",
             Command::Touch { .. } => "touch",

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::screen::{Screen, complain};
-use crate::{Command, Step};
+use crate::{Command, Step, observed};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -29,7 +29,7 @@ pub(crate) fn check(command: &Command) -> Result<(), String> {
             expiry(*ttl).map(drop)
         }
         Command::Incr(Step { key, .. }) | Command::Decr(Step { key, .. }) => check_word(key),
-        Command::Flush | Command::Version => Ok(()),
+        Command::Flush | Command::Version | Command::Hotkeys | Command::Slowlog => Ok(()),
         Command::Metrics | Command::Topology => Err(format!(
             "{} needs the protobuf protocol: --server protobuf://HOST:PORT, by default port 7001; stats is what the \
              memcached protocol has",
@@ -191,6 +191,15 @@ impl Client {
             Command::Flush => screen.show(&self.flush()?.unwrap_or_default()),
             Command::Version => screen.show(&self.version()?.unwrap_or_default()),
             Command::Stats { what } => screen.table(&self.stats(what)?),
+            Command::Hotkeys => screen.table(&observed::hot_keys(&self.stats(&["hotkeys".into()])?)),
+            Command::Slowlog => {
+                let now_ms = SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .unwrap_or_default()
+                    .as_millis();
+                let rows = self.stats(&["slowlog".into()])?;
+                screen.table(&observed::slow_log(&rows, u64::try_from(now_ms).unwrap_or(u64::MAX)))
+            }
             // Refused above.
             Command::Metrics | Command::Topology => Ok(false),
         }

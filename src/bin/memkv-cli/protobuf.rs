@@ -12,7 +12,12 @@ use std::time::Duration;
 /// What the protocol does not have.
 pub(crate) fn check(command: &Command) -> Result<(), String> {
     match command {
-        Command::Incr(_) | Command::Decr(_) | Command::Touch { .. } | Command::Stats { .. } => Err(format!(
+        Command::Incr(_)
+        | Command::Decr(_)
+        | Command::Touch { .. }
+        | Command::Stats { .. }
+        | Command::Hotkeys
+        | Command::Slowlog => Err(format!(
             "{} needs the memcached protocol: --server HOST:PORT, by default port 11211",
             command.name()
         )),
@@ -88,7 +93,12 @@ impl Client {
             Command::Metrics => show_metrics(&client.metrics()?, screen)?,
             Command::Topology => show_topology(&client.topology()?, screen)?,
             // Refused above.
-            Command::Incr(_) | Command::Decr(_) | Command::Touch { .. } | Command::Stats { .. } => {}
+            Command::Incr(_)
+            | Command::Decr(_)
+            | Command::Touch { .. }
+            | Command::Stats { .. }
+            | Command::Hotkeys
+            | Command::Slowlog => {}
         }
         Ok(all)
     }
@@ -161,7 +171,7 @@ fn show_topology(topology: &Topology, screen: &Screen) -> Result<(), Failure> {
 }
 
 /// A time in three digits.
-fn readable(ns: u64) -> String {
+pub(crate) fn readable(ns: u64) -> String {
     let units = [(1e9, "s"), (1e6, "ms"), (1e3, "us")];
     // What would be rounded up to a thousand belongs to the next unit.
     let unit = units.iter().find(|(factor, _)| ns as f64 >= factor * 0.9995);
