@@ -148,7 +148,7 @@ pub struct Comparison {
 
 /// Compares `servers`. The first run against each preloads it if `base` says so. `said` is told what is about to run.
 ///
-/// While one server is measured, the others that this program started are stopped.
+/// While one server is measured, the other processes that this program started are stopped.
 ///
 /// # Errors
 ///
@@ -189,7 +189,7 @@ pub fn compare(
     for server in servers {
         server.pause();
     }
-    let mut preloaded = vec![false; servers.len()];
+    let mut preloaded = Vec::new();
     let mut run = |which: usize, pipeline: usize, rate: Option<f64>, round: usize, what: &str| {
         let server = &servers[which];
         let name = &server.name;
@@ -203,13 +203,17 @@ pub fn compare(
         let config = RunConfig {
             pipeline,
             rate,
-            preload: base.preload && !preloaded[which],
+            // What was written by one protocol of a process is there for the others.
+            preload: base.preload
+                && !preloaded
+                    .iter()
+                    .any(|&before| before == which || server.is_one_with(&servers[before])),
             sequence: round as u64,
             ..config_of(server)
         };
         let result = driver::run(&config, &mut |_| {});
         server.pause();
-        preloaded[which] = true;
+        preloaded.push(which);
         Ok::<_, String>(Report::new(&config, &result.map_err(|e| format!("{name}: {e}"))?))
     };
 

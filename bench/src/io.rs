@@ -29,7 +29,11 @@ pub enum Engine {
 /// # Errors
 ///
 /// When the kernel refuses the means to wait for sockets. What happens to connections is counted, not returned.
-pub fn run<P: Protocol>(engine: Engine, worker: &mut Worker<'_, P>, connections: &mut [Connection]) -> io::Result<()> {
+pub fn run<P: Protocol>(
+    engine: Engine,
+    worker: &mut Worker<'_, P>,
+    connections: &mut [Connection<P>],
+) -> io::Result<()> {
     match engine.resolve() {
         Engine::Uring => run_uring(worker, connections),
         _ => run_epoll(worker, connections),
@@ -63,7 +67,7 @@ impl Engine {
     }
 }
 
-fn lost_by_error<P: Protocol>(worker: &mut Worker<'_, P>, connection: &mut Connection, error: &io::Error) {
+fn lost_by_error<P: Protocol>(worker: &mut Worker<'_, P>, connection: &mut Connection<P>, error: &io::Error) {
     let kind = match error.kind() {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => ErrorKind::Closed,
         _ => ErrorKind::Broken,
@@ -96,7 +100,7 @@ impl Idle {
 /// second-level cache, large enough for the replies to a deep pipeline.
 const EPOLL_BUFFER: usize = 128 << 10;
 
-fn run_epoll<P: Protocol>(worker: &mut Worker<'_, P>, connections: &mut [Connection]) -> io::Result<()> {
+fn run_epoll<P: Protocol>(worker: &mut Worker<'_, P>, connections: &mut [Connection<P>]) -> io::Result<()> {
     // SAFETY: the call takes no pointers; a negative result is handled before the descriptor is owned.
     let epoll = match unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) } {
         fd if fd < 0 => return Err(io::Error::last_os_error()),
@@ -182,7 +186,7 @@ fn run_epoll<P: Protocol>(worker: &mut Worker<'_, P>, connections: &mut [Connect
 #[inline(always)]
 fn receive_epoll<P: Protocol>(
     worker: &mut Worker<'_, P>,
-    connection: &mut Connection,
+    connection: &mut Connection<P>,
     buffer: &mut [u8],
     to_the_end: bool,
 ) -> u64 {
@@ -224,7 +228,7 @@ fn receive_epoll<P: Protocol>(
 }
 
 #[inline(always)]
-fn flush_epoll<P: Protocol>(worker: &mut Worker<'_, P>, connection: &mut Connection) {
+fn flush_epoll<P: Protocol>(worker: &mut Worker<'_, P>, connection: &mut Connection<P>) {
     let mut sent = 0;
     while sent < connection.out.len() {
         let Some(socket) = &connection.socket else { return };
@@ -371,7 +375,7 @@ struct UringLoop {
     batched: usize,
 }
 
-fn run_uring<P: Protocol>(worker: &mut Worker<'_, P>, connections: &mut [Connection]) -> io::Result<()> {
+fn run_uring<P: Protocol>(worker: &mut Worker<'_, P>, connections: &mut [Connection<P>]) -> io::Result<()> {
     let uring = build_uring(connections.len(), worker.spins())?;
     let sockets: Vec<RawFd> = connections
         .iter()
@@ -482,7 +486,7 @@ impl UringLoop {
     }
 
     #[inline(always)]
-    fn send(&mut self, at: usize, connection: &mut Connection) -> io::Result<()> {
+    fn send<P: Protocol>(&mut self, at: usize, connection: &mut Connection<P>) -> io::Result<()> {
         let sending = &mut self.sending[at];
         if sending.busy || connection.out.is_empty() || connection.socket.is_none() {
             return Ok(());
@@ -512,7 +516,7 @@ impl UringLoop {
         &mut self,
         worker: &mut Worker<'_, P>,
         at: usize,
-        connection: &mut Connection,
+        connection: &mut Connection<P>,
         result: i32,
     ) -> io::Result<()> {
         let sending = &mut self.sending[at];
@@ -536,7 +540,7 @@ impl UringLoop {
         &mut self,
         worker: &mut Worker<'_, P>,
         at: usize,
-        connection: &mut Connection,
+        connection: &mut Connection<P>,
         completion: &cqueue::Entry,
     ) -> io::Result<u64> {
         let now = now_ns();

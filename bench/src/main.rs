@@ -223,7 +223,8 @@ struct CompareArgs {
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     with: Vec<String>,
     /// A TOML file of [[server]] tables: name, protocol, and command (with {port} and {cpu}) or address and pid; perhaps
-    /// route = true, and verify_values
+    /// route = true, verify_values, and also = ["http"], further protocols of the same process (with {port-http}), which are
+    /// compared with one another
     #[arg(long, value_name = "FILE")]
     targets: Option<PathBuf>,
     /// Of the servers in the file, take these only
@@ -654,8 +655,8 @@ fn run_compare(args: CompareArgs) -> Result<bool, String> {
         live.finish(args.json, &comparison, || comparison.text())?;
         return Ok(true);
     }
-    let servers: Result<Vec<Server>, String> = specs.iter().map(|spec| Server::launch(spec, &server_cpu)).collect();
-    let servers = servers?;
+    let servers: Result<Vec<_>, String> = specs.iter().map(|spec| Server::launch_all(spec, &server_cpu)).collect();
+    let servers: Vec<Server> = servers?.into_iter().flatten().collect();
     pin_generator(&base.cpus)?;
     let plan = Plan {
         pipelines: args.pipelines,

@@ -21,7 +21,7 @@ pub fn items(protocol: ProtocolName, target: SocketAddr) -> Option<u64> {
             let counters = Client::connect(target).ok()?.metrics().ok()?.counters;
             counters.get("items").copied()
         }
-        ProtocolName::Text | ProtocolName::JsonLine => None,
+        ProtocolName::Text | ProtocolName::JsonLine | ProtocolName::Http | ProtocolName::Grpc => None,
     }
 }
 

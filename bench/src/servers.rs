@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A server to compare, as a file of targets describes it.
@@ -22,8 +23,12 @@ pub struct ServerSpec {
     pub name: String,
     /// The wire protocol.
     pub protocol: ProtocolName,
-    /// The program and its arguments. `{port}` and `{cpu}` stand for the port and the CPUs that are given to it. No
-    /// shell is involved; words with spaces go in quotes.
+    /// Protocols that the same process speaks, too, each at a port of its own. With these, each protocol is a row of the
+    /// comparison, called `NAME/PROTOCOL`.
+    #[serde(default)]
+    pub also: Vec<ProtocolName>,
+    /// The program and its arguments. `{port}` and `{cpu}` stand for the port and the CPUs that are given to it, and
+    /// `{port-http}` for the port of the further protocol `http`. No shell is involved; words with spaces go in quotes.
     pub command: Option<String>,
     /// Instead of a command: the address of a server that runs already.
     pub address: Option<String>,
@@ -79,13 +84,38 @@ fn parse_targets(text: &str) -> Result<Vec<ServerSpec>, String> {
                     "server '{name}' has a command and a pid; the pid goes with an address"
                 ));
             }
+            (None, Some(_)) if !spec.also.is_empty() => {
+                return Err(format!(
+                    "server '{name}' has an address, which is that of one protocol; leave 'also' out, and write a [[server]] \
+                     table for each address"
+                ));
+            }
             _ => {}
+        }
+        for (i, also) in spec.also.iter().enumerate() {
+            if *also == spec.protocol || spec.also[..i].contains(also) {
+                return Err(format!(
+                    "server '{name}' has the protocol {} twice; leave one out",
+                    also.name()
+                ));
+            }
+            let place = port_of(*also);
+            if spec.command.as_ref().is_some_and(|command| !command.contains(&place)) {
+                return Err(format!(
+                    "the command of server '{name}' does not contain {place}, so that protocol cannot be reached"
+                ));
+            }
         }
         if let Some(command) = &spec.command {
             words(command).map_err(|e| format!("the command of server '{name}' {e}"))?;
         }
     }
     Ok(file.server)
+}
+
+/// What stands for the port of a further protocol in a command.
+fn port_of(protocol: ProtocolName) -> String {
+    format!("{{port-{}}}", protocol.name())
 }
 
 /// Servers this program knows how to start.
@@ -128,6 +158,7 @@ pub fn known(name: &str, memory_mib: u64) -> Result<ServerSpec, String> {
     Ok(ServerSpec {
         name: name.to_string(),
         protocol,
+        also: Vec::new(),
         command: Some(command),
         address: None,
         pid: None,
@@ -159,7 +190,8 @@ fn words(text: &str) -> Result<Vec<String>, &'static str> {
     }
 }
 
-/// A server that answers. One that this program started is ended with it; others are left alone.
+/// A server that answers, by one of its protocols. A process that this program started is ended with the last of its
+/// servers; others are left alone.
 #[derive(Debug)]
 pub struct Server {
     /// What to call it.
@@ -174,8 +206,7 @@ pub struct Server {
     pub route: bool,
     /// How much of its values is compared, if not as much as of the others'.
     pub verify_values: Option<VerifyValues>,
-    child: Option<Child>,
-    log: Option<File>,
+    process: Option<Arc<Process>>,
 }
 
 impl Server {
@@ -185,6 +216,15 @@ impl Server {
     ///
     /// A sentence naming cause and remedy.
     pub fn launch(spec: &ServerSpec, cpus: &[usize]) -> Result<Server, String> {
+        Ok(Server::launch_all(spec, cpus)?.swap_remove(0))
+    }
+
+    /// The same; one for each of its protocols, the first one first.
+    ///
+    /// # Errors
+    ///
+    /// A sentence naming cause and remedy.
+    pub fn launch_all(spec: &ServerSpec, cpus: &[usize]) -> Result<Vec<Server>, String> {
         let name = &spec.name;
         let Some(command) = &spec.command else {
             let text = spec.address.as_deref().unwrap_or_default();
@@ -192,25 +232,95 @@ impl Server {
             let address = address.ok_or(format!("'{text}' is no address of server '{name}'; write HOST:PORT"))?;
             TcpStream::connect_timeout(&address, Duration::from_secs(2))
                 .map_err(|e| format!("server '{name}' at {address} does not answer: {e}; start it first"))?;
-            return Ok(Server {
+            return Ok(vec![Server {
                 name: name.clone(),
                 protocol: spec.protocol,
                 address,
                 pid: spec.pid,
                 route: spec.route,
                 verify_values: spec.verify_values,
-                child: None,
-                log: None,
-            });
+                process: None,
+            }]);
         };
-        let port = free_port().map_err(|e| format!("no free port on loopback: {e}"))?;
+        let protocols: Vec<_> = std::iter::once(spec.protocol)
+            .chain(spec.also.iter().copied())
+            .collect();
+        let ports = free_ports(protocols.len()).map_err(|e| format!("no free port on loopback: {e}"))?;
+        let places = std::iter::once("{port}".to_string()).chain(spec.also.iter().copied().map(port_of));
         let list = cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        let filled_in: Vec<_> = std::iter::once(("{cpu}".to_string(), list))
+            .chain(places.zip(ports.iter().map(u16::to_string)))
+            .collect();
         // Split first: what is put in must not be split again.
         let words: Vec<String> = words(command)
             .map_err(|e| format!("the command of server '{name}' {e}"))?
             .into_iter()
-            .map(|w| w.replace("{port}", &port.to_string()).replace("{cpu}", &list))
+            .map(|word| {
+                filled_in
+                    .iter()
+                    .fold(word, |word, (place, with)| word.replace(place, with))
+            })
             .collect();
+        let mut process = Process::start(name, &words, cpus, ports[0])?;
+        let addresses: Vec<_> = ports
+            .into_iter()
+            .map(|p| SocketAddr::from((Ipv4Addr::LOCALHOST, p)))
+            .collect();
+        for address in &addresses {
+            process
+                .wait_until_ready(*address)
+                .map_err(|e| format!("server '{name}' ({}) {e}", words.join(" ")))?;
+        }
+        let process = Arc::new(process);
+        let servers = protocols.iter().zip(addresses).map(|(&protocol, address)| Server {
+            name: match spec.also[..] {
+                [] => name.clone(),
+                _ => format!("{name}/{}", protocol.name()),
+            },
+            protocol,
+            address,
+            pid: Some(process.child.id()),
+            route: spec.route,
+            verify_values: spec.verify_values,
+            process: Some(process.clone()),
+        });
+        Ok(servers.collect())
+    }
+
+    /// Whether both are one process that this program started, so that what is written to one is found in the other.
+    pub fn is_one_with(&self, other: &Server) -> bool {
+        match (&self.process, &other.process) {
+            (Some(mine), Some(theirs)) => Arc::ptr_eq(mine, theirs),
+            _ => false,
+        }
+    }
+
+    /// Stops the process until [`resume`](Self::resume), so that its idle work does not disturb the measurement of
+    /// another server on the same CPU. Does nothing to a server that this program did not start.
+    pub fn pause(&self) {
+        if let Some(process) = &self.process {
+            process.signal(libc::SIGSTOP);
+        }
+    }
+
+    /// Lets the process go on.
+    pub fn resume(&self) {
+        if let Some(process) = &self.process {
+            process.signal(libc::SIGCONT);
+        }
+    }
+}
+
+/// A process that this program started, and that ends with this.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    log: File,
+}
+
+impl Process {
+    /// Starts the program `words[0]` for the server `name`.
+    fn start(name: &str, words: &[String], cpus: &[usize], port: u16) -> Result<Process, String> {
         let (log, out, err) = open_log(port).map_err(|e| {
             let directory = std::env::temp_dir();
             format!(
@@ -239,39 +349,20 @@ impl Server {
                 words.join(" ")
             )
         })?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let pid = Some(child.id());
-        let mut server = Server {
-            name: name.clone(),
-            protocol: spec.protocol,
-            address,
-            pid,
-            route: spec.route,
-            verify_values: spec.verify_values,
-            child: Some(child),
-            log: Some(log),
-        };
-        server
-            .wait_until_ready()
-            .map_err(|e| format!("server '{name}' ({}) {e}", words.join(" ")))?;
-        Ok(server)
+        Ok(Process { child, log })
     }
 
-    fn wait_until_ready(&mut self) -> Result<(), String> {
+    fn wait_until_ready(&mut self, address: SocketAddr) -> Result<(), String> {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
-            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+            if let Some(status) = self.child.try_wait().ok().flatten() {
                 return Err(format!("ended at once ({status}); it said: {}", self.last_words()));
             }
-            if TcpStream::connect_timeout(&self.address, Duration::from_millis(200)).is_ok() {
+            if TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_ok() {
                 return Ok(());
             }
             if Instant::now() > end {
-                return Err(format!(
-                    "does not listen on {}; it said: {}",
-                    self.address,
-                    self.last_words()
-                ));
+                return Err(format!("does not listen on {address}; it said: {}", self.last_words()));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -279,47 +370,35 @@ impl Server {
 
     /// The end of what the server printed.
     fn last_words(&self) -> String {
-        let Some(log) = &self.log else { return "nothing".into() };
-        let end = log.metadata().map_or(0, |m| m.len());
+        let end = self.log.metadata().map_or(0, |m| m.len());
         let start = end.saturating_sub(500);
         let mut bytes = vec![0; (end - start) as usize];
-        if log.read_exact_at(&mut bytes, start).is_err() {
+        if self.log.read_exact_at(&mut bytes, start).is_err() {
             return "nothing that could be read".into();
         }
         let text = String::from_utf8_lossy(&bytes).trim().to_string();
         if text.is_empty() { "nothing".into() } else { text }
     }
 
-    /// Stops the process until [`resume`](Self::resume), so that its idle work does not disturb the measurement of
-    /// another server on the same CPU. Does nothing to a server that this program did not start.
-    pub fn pause(&self) {
-        self.signal(libc::SIGSTOP);
-    }
-
-    /// Lets the process go on.
-    pub fn resume(&self) {
-        self.signal(libc::SIGCONT);
-    }
-
     fn signal(&self, signal: i32) {
-        if let Some(child) = &self.child {
-            // SAFETY: the child has not been waited for, so the id is still its own.
-            unsafe { libc::kill(child.id() as i32, signal) };
-        }
+        // SAFETY: the child has not been waited for, so the id is still its own.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
     }
 }
 
-impl Drop for Server {
+impl Drop for Process {
     fn drop(&mut self) {
-        self.resume();
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        self.signal(libc::SIGCONT);
         self.signal(libc::SIGTERM);
-        if let Some(mut child) = self.child.take() {
-            let ended = crate::process::wait(Duration::from_secs(3), || !matches!(child.try_wait(), Ok(None)));
-            if !ended {
-                // It ignores the request; nothing more can be done about errors here either.
-                let _ = child.kill();
-                let _ = child.wait();
-            }
+        let child = &mut self.child;
+        let ended = crate::process::wait(Duration::from_secs(3), || !matches!(child.try_wait(), Ok(None)));
+        if !ended {
+            // It ignores the request; nothing more can be done about errors here either.
+            let _ = child.kill();
+            let _ = child.wait();
         }
     }
 }
@@ -333,9 +412,16 @@ fn open_log(port: u16) -> io::Result<(File, File, File)> {
     Ok((file.try_clone()?, file.try_clone()?, file))
 }
 
-/// A port nobody listens on right now.
-fn free_port() -> io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+/// So many ports nobody listens on right now.
+fn free_ports(count: usize) -> io::Result<Vec<u16>> {
+    // All are held until the last one has been found, so that they differ.
+    let listeners: io::Result<Vec<_>> = (0..count)
+        .map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        .collect();
+    listeners?
+        .iter()
+        .map(|listener| listener.local_addr().map(|address| address.port()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -362,9 +448,15 @@ mod tests {
             address = "127.0.0.1:6379"
             pid = 7
             verify_values = "off"
+            [[server]]
+            name = "many"
+            protocol = "memcached"
+            also = ["http", "grpc"]
+            command = "server --port {port} --http {port-http} --grpc {port-grpc}"
         "#;
         let targets = parse_targets(text).unwrap();
-        assert_eq!(targets.len(), 2);
+        assert_eq!(targets.len(), 3);
+        assert_eq!(targets[2].also, [ProtocolName::Http, ProtocolName::Grpc]);
         assert_eq!(targets[1].protocol, ProtocolName::Resp);
         assert_eq!(targets[1].pid, Some(7));
         assert_eq!(targets[1].verify_values, Some(VerifyValues::Off));
@@ -378,6 +470,18 @@ mod tests {
             (
                 "[[server]]\nname='a'\nprotocol='text'\ncommand='x {port}'\npid=1",
                 "pid",
+            ),
+            (
+                "[[server]]\nname='a'\nprotocol='text'\nalso=['http']\ncommand='x {port}'",
+                "{port-http}",
+            ),
+            (
+                "[[server]]\nname='a'\nprotocol='http'\nalso=['http']\ncommand='x {port} {port-http}'",
+                "twice",
+            ),
+            (
+                "[[server]]\nname='a'\nprotocol='text'\nalso=['http']\naddress='y:1'",
+                "for each address",
             ),
             ("[[server]]\nname='a'\nprotocol='nonsense'\naddress='y:1'", "nonsense"),
             ("[[server]]\nname='a'\nprotocol='text'\naddres='y:1'", "addres"),

@@ -2,7 +2,7 @@
 //! and compare.
 
 use crate::driver::connect;
-use crate::protocol::{Parsed, Protocol, ProtocolName, Reply};
+use crate::protocol::{Event, Parsed, Protocol, ProtocolName, Reply, Session, http};
 use crate::route::Routes;
 use crate::stats::{ErrorKind, Errors};
 use crate::with_protocol;
@@ -78,7 +78,7 @@ impl VerifyReport {
     }
 }
 
-struct Client {
+struct Client<P: Protocol> {
     socket: Option<TcpStream>,
     /// The core that owns its keys, if that matters.
     core: Option<usize>,
@@ -88,6 +88,8 @@ struct Client {
     out: Vec<u8>,
     sent: usize,
     input: Vec<u8>,
+    /// The only request in flight has place 0.
+    session: P::Session,
     rounds_left: usize,
 }
 
@@ -153,21 +155,23 @@ fn verify_protocol<P: Protocol>(config: &VerifyConfig) -> Result<VerifyReport, S
     let (targets, cores): (Vec<_>, Vec<_>) = cores.into_iter().unzip();
     let mut clients = Vec::new();
     for (socket, &core) in connect(&targets, config.clients)?.into_iter().zip(cores.iter().cycle()) {
-        let mut client = Client {
+        let mut out = Vec::new();
+        let mut client = Client::<P> {
+            session: P::Session::open(1, &mut out),
             socket: Some(socket),
             core,
             command: Command::Get,
             key: Vec::new(),
             value: Vec::new(),
-            out: Vec::new(),
+            out,
             sent: 0,
             input: Vec::new(),
             rounds_left: config.rounds,
         };
-        check.begin::<P>(&mut client);
+        check.begin(&mut client);
         clients.push(client);
     }
-    check.turn::<P>(&mut clients)?;
+    check.turn(&mut clients)?;
     let errors = check.errors.seen().map(|(kind, count, example)| {
         let what = if example.is_empty() {
             kind.name().to_string()
@@ -188,7 +192,7 @@ fn verify_protocol<P: Protocol>(config: &VerifyConfig) -> Result<VerifyReport, S
 
 impl Check<'_> {
     /// Serves all clients until none is left.
-    fn turn<P: Protocol>(&mut self, clients: &mut [Client]) -> Result<(), String> {
+    fn turn<P: Protocol>(&mut self, clients: &mut [Client<P>]) -> Result<(), String> {
         let mut polled: Vec<libc::pollfd> = Vec::with_capacity(clients.len());
         let mut last = Instant::now();
         loop {
@@ -224,7 +228,7 @@ impl Check<'_> {
                 return Ok(());
             }
             for (client, _) in clients.iter_mut().zip(&polled).filter(|(_, p)| p.revents != 0) {
-                if let Err((kind, detail)) = self.serve::<P>(client) {
+                if let Err((kind, detail)) = self.serve(client) {
                     self.errors.add(kind, 1, detail.as_bytes());
                     client.socket = None;
                 }
@@ -276,7 +280,7 @@ impl Check<'_> {
     }
 
     /// Queues a set with a new key and value.
-    fn begin<P: Protocol>(&mut self, client: &mut Client) {
+    fn begin<P: Protocol>(&mut self, client: &mut Client<P>) {
         client.key = loop {
             let key = self.key();
             let elsewhere =
@@ -291,14 +295,11 @@ impl Check<'_> {
             false if P::TEXT_VALUES => self.text(len),
             false => (0..len).map(|_| self.rng.next_u64() as u8).collect(),
         };
-        client.command = Command::Set;
-        client.out.clear();
-        client.sent = 0;
-        P::set(&mut client.out, &client.key, &Value::plain(&client.value));
+        client.ask(Command::Set);
     }
 
     /// Sends and receives what is possible without waiting.
-    fn serve<P: Protocol>(&mut self, client: &mut Client) -> Result<(), (ErrorKind, String)> {
+    fn serve<P: Protocol>(&mut self, client: &mut Client<P>) -> Result<(), (ErrorKind, String)> {
         let broken = |e: std::io::Error| match e.kind() {
             Io::ConnectionReset | Io::BrokenPipe => (ErrorKind::Closed, e.to_string()),
             _ => (ErrorKind::Broken, e.to_string()),
@@ -323,35 +324,70 @@ impl Check<'_> {
                 Err(e) if e.kind() == Io::Interrupted => {}
                 Err(e) => return Err(broken(e)),
             }
+            if P::Session::MULTIPLEXED {
+                self.read_frames(client)?;
+                continue;
+            }
             match P::reply(client.command, client.key.len(), &client.input) {
                 Parsed::Incomplete => {}
-                Parsed::Malformed => {
-                    let start = client.input[..client.input.len().min(40)].escape_ascii().to_string();
-                    return Err((ErrorKind::Malformed, start));
-                }
+                Parsed::Malformed => return Err(malformed(&client.input)),
                 Parsed::Done(reply, len) => {
                     if len < client.input.len() {
                         let rest = client.input[len..].escape_ascii().to_string();
                         return Err((ErrorKind::Malformed, format!("more than one reply: {rest}")));
                     }
-                    self.judge::<P>(client, reply);
+                    self.judge::<P>(client.command, &client.key, &client.value, reply);
                     client.input.clear();
-                    self.next::<P>(client);
+                    self.next(client);
                 }
             }
         }
     }
 
-    fn judge<P: Protocol>(&mut self, client: &Client, reply: Reply<'_>) {
-        match (client.command, reply) {
+    /// Reads what was received where the session tells what was answered.
+    fn read_frames<P: Protocol>(&mut self, client: &mut Client<P>) -> Result<(), (ErrorKind, String)> {
+        loop {
+            let (event, len) = match client.session.read(&client.input, &mut client.out) {
+                Parsed::Done(event, len) => (event, len),
+                Parsed::Incomplete => return Ok(()),
+                Parsed::Malformed => return Err(malformed(&client.input)),
+            };
+            client.input.drain(..len);
+            match event {
+                Event::Nothing => {}
+                Event::Closing => return Err((ErrorKind::Closed, client.session.closing().to_string())),
+                Event::Answered(place) => {
+                    match client.session.answer(place) {
+                        Err(words) => {
+                            self.judge::<P>(client.command, &client.key, &client.value, Reply::Refused(words))
+                        }
+                        Ok(message) => match P::reply(client.command, client.key.len(), message) {
+                            Parsed::Done(reply, len) if len == message.len() => {
+                                self.judge::<P>(client.command, &client.key, &client.value, reply);
+                            }
+                            _ => return Err(malformed(message)),
+                        },
+                    }
+                    self.next(client);
+                }
+            }
+        }
+    }
+
+    fn judge<P: Protocol>(&mut self, command: Command, asked: &[u8], written: &[u8], reply: Reply<'_>) {
+        match (command, reply) {
             (Command::Set, Reply::Stored) => self.sets += 1,
             (Command::Set, Reply::NotStored) => self.errors.add(ErrorKind::NotStored, 1, b""),
             (_, Reply::Refused(text)) => self.errors.add(ErrorKind::Refused, 1, text),
             (_, Reply::Hit { key, value }) => {
                 self.gets += 1;
-                if *P::plain(value) != *client.value || key.is_some_and(|k| k != client.key) {
+                if *P::plain(value) != *written || key.is_some_and(|k| k != asked) {
                     self.mismatches += 1;
                 }
+            }
+            (_, Reply::Chunked(chunks)) => {
+                self.gets += 1;
+                self.mismatches += u64::from(http::joined(chunks) != written);
             }
             _ => {
                 self.gets += 1;
@@ -361,20 +397,37 @@ impl Check<'_> {
     }
 
     /// Queues what follows an answered request: the get after the set, or another round.
-    fn next<P: Protocol>(&mut self, client: &mut Client) {
+    fn next<P: Protocol>(&mut self, client: &mut Client<P>) {
         if client.command == Command::Set {
-            client.command = Command::Get;
-            client.out.clear();
-            client.sent = 0;
-            P::get(&mut client.out, &client.key);
-            return;
+            return client.ask(Command::Get);
         }
         self.taken.remove(&client.key);
         client.rounds_left -= 1;
         if client.rounds_left == 0 {
             client.socket = None;
         } else {
-            self.begin::<P>(client);
+            self.begin(client);
         }
     }
+}
+
+impl<P: Protocol> Client<P> {
+    /// Queues a request for the key.
+    fn ask(&mut self, command: Command) {
+        // Not all of it: beside the request before, there may be something that the session has to say.
+        self.out.drain(..self.sent);
+        self.sent = 0;
+        self.command = command;
+        let start = self.out.len();
+        match command {
+            Command::Set => P::set(&mut self.out, &self.key, &Value::plain(&self.value)),
+            _ => P::get(&mut self.out, &self.key),
+        }
+        self.session.requested(0, command, &mut self.out, start);
+    }
+}
+
+fn malformed(input: &[u8]) -> (ErrorKind, String) {
+    let start = input[..input.len().min(40)].escape_ascii().to_string();
+    (ErrorKind::Malformed, start)
 }

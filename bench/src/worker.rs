@@ -2,9 +2,10 @@
 //!
 //! Nothing here touches a socket; [`crate::io`] moves the bytes.
 
+mod multiplexed;
 mod txn;
 
-use crate::protocol::{Entry, Item, KeyList, MultiReply, Parsed, Protocol, Reply, TxnState};
+use crate::protocol::{Entry, Item, KeyList, MultiReply, Parsed, Protocol, Reply, Session, TxnState, http};
 use crate::stats::{ErrorKind, Tally};
 use crate::workload::{Command, KeyChooser, Population, Ratio, Rng, TxnSpec};
 use std::collections::HashSet;
@@ -187,7 +188,7 @@ struct Batch {
 
 /// One connection: its socket, its requests in flight, what is to be sent and what was received in part.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Connection<P: Protocol> {
     /// The socket, non-blocking; `None` once lost.
     pub socket: Option<TcpStream>,
     /// Bytes to send.
@@ -202,11 +203,13 @@ pub struct Connection {
     chooser: usize,
     /// The batches in flight, one for each place in the ring; none if all requests are about one key.
     batches: Box<[Batch]>,
+    /// What the protocol keeps beside all this; the places in it are those in the ring.
+    session: P::Session,
     /// Good replies in the measured window.
     pub(crate) answered: u64,
 }
 
-impl Connection {
+impl<P: Protocol> Connection<P> {
     /// A connection over `socket` with room for what `config` keeps in flight, for the keys of chooser number `chooser`.
     pub fn new(socket: TcpStream, chooser: usize, config: &WorkerConfig) -> Self {
         let room = if config.preload {
@@ -220,9 +223,11 @@ impl Connection {
         } else {
             0
         };
+        let mut out = Vec::with_capacity(4096);
         Connection {
             socket: Some(socket),
-            out: Vec::with_capacity(4096),
+            session: P::Session::open(ring, &mut out),
+            out,
             carry: Vec::new(),
             flights: vec![Flight::default(); ring].into(),
             head: 0,
@@ -393,7 +398,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
     }
 
     /// Publishes progress and follows the phases. To be called once per turn of the loop.
-    pub fn step(&mut self, now: u64, connections: &[Connection]) -> Step {
+    pub fn step(&mut self, now: u64, connections: &[Connection<P>]) -> Step {
         self.progress().replies.store(self.replies, Ordering::Relaxed);
         let phase = self.shared.phase();
         let idle = || connections.iter().all(|c| c.in_flight() == 0);
@@ -403,7 +408,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
                 return Step::Stop;
             }
             Phase::Preload if phase == Phase::Preload => {
-                let written = |c: &Connection| c.socket.is_none() || self.preload[c.chooser].is_empty();
+                let written = |c: &Connection<P>| c.socket.is_none() || self.preload[c.chooser].is_empty();
                 let done = self.source != Source::Preload || (connections.iter().all(written) && idle());
                 if done && !self.progress().preloaded.load(Ordering::Relaxed) {
                     self.source = Source::Nothing;
@@ -464,7 +469,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
     }
 
     /// Records the failure of a connection; its requests in flight will stay without an answer.
-    pub fn lost(&mut self, connection: &mut Connection, kind: ErrorKind, detail: &str) {
+    pub fn lost(&mut self, connection: &mut Connection<P>, kind: ErrorKind, detail: &str) {
         let Some(socket) = connection.socket.take() else { return };
         // Not only closed: an io_uring instance holds on to registered sockets, and the peer must learn of the end.
         drop(socket.shutdown(std::net::Shutdown::Both));
@@ -500,12 +505,27 @@ impl<'a, P: Protocol> Worker<'a, P> {
         }
     }
 
+    /// Whether the connection can bear no more requests. It is given up when those in flight have been answered.
+    #[inline(always)]
+    fn spent(&mut self, connection: &mut Connection<P>) -> bool {
+        let Some(why) = connection.session.spent() else {
+            return false;
+        };
+        if connection.len == 0 {
+            self.lost(connection, ErrorKind::Broken, why);
+        }
+        true
+    }
+
     /// Queues requests until the connection has as many in flight as it should.
     #[inline(always)]
-    pub fn refill(&mut self, connection: &mut Connection, now: u64) {
+    pub fn refill(&mut self, connection: &mut Connection<P>, now: u64) {
+        if connection.socket.is_none() {
+            return;
+        }
         match self.source {
             Source::Closed => {
-                while connection.len < self.config.pipeline {
+                while connection.len < self.config.pipeline && !self.spent(connection) {
                     self.push_random(connection, now);
                 }
             }
@@ -516,7 +536,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
 
     /// Open loop: queues the requests that are due, on connections with room, and calls `touched` with each of these.
     /// A request that finds no room stays due, so that its latency includes the wait.
-    pub fn queue_due(&mut self, connections: &mut [Connection], now: u64, mut touched: impl FnMut(usize)) {
+    pub fn queue_due(&mut self, connections: &mut [Connection<P>], now: u64, mut touched: impl FnMut(usize)) {
         let Some((rate, _)) = self.config.rate.filter(|_| self.is_open()) else {
             return;
         };
@@ -526,7 +546,8 @@ impl<'a, P: Protocol> Worker<'a, P> {
             let at = loop {
                 let at = self.next_connection;
                 self.next_connection = if at + 1 == connections.len() { 0 } else { at + 1 };
-                if connections[at].socket.is_some() && connections[at].len < self.config.pipeline {
+                let connection = &mut connections[at];
+                if connection.socket.is_some() && connection.len < self.config.pipeline && !self.spent(connection) {
                     break at;
                 }
                 tried += 1;
@@ -541,7 +562,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
     }
 
     #[inline(always)]
-    fn push_random(&mut self, connection: &mut Connection, start_ns: u64) {
+    fn push_random(&mut self, connection: &mut Connection<P>, start_ns: u64) {
         if let Some(txn) = self.config.txn {
             return self.push_txn(connection, txn, start_ns);
         }
@@ -549,17 +570,23 @@ impl<'a, P: Protocol> Worker<'a, P> {
         let key = self.choosers[connection.chooser].pick(&mut self.rng);
         match command {
             Command::Get if self.config.multi_get > 1 => self.push_multi_get(connection, key, start_ns),
-            Command::Get => {
-                P::get(&mut connection.out, self.population.key(key, &mut self.scratch));
-                connection.push(Flight::new(Command::Get, key, start_ns));
-            }
             Command::Set if self.config.multi_set > 1 => self.push_multi_set(connection, key, start_ns),
-            Command::Set => self.push_set(connection, key, start_ns),
-            _ => {
-                P::delete(&mut connection.out, self.population.key(key, &mut self.scratch));
-                connection.push(Flight::new(Command::Delete, key, start_ns));
-            }
+            _ => self.push_one(connection, command, key, start_ns),
         }
+    }
+
+    /// Queues a get, set or delete of one key.
+    #[inline(always)]
+    fn push_one(&mut self, connection: &mut Connection<P>, command: Command, key: u64, start_ns: u64) {
+        let start = connection.out.len();
+        let name = self.population.key(key, &mut self.scratch);
+        match command {
+            Command::Get => P::get(&mut connection.out, name),
+            Command::Set => P::set(&mut connection.out, name, &self.population.value(key)),
+            _ => P::delete(&mut connection.out, name),
+        }
+        let place = connection.push(Flight::new(command, key, start_ns));
+        connection.session.requested(place, command, &mut connection.out, start);
     }
 
     /// A get, a set or a delete, by the ratio.
@@ -578,20 +605,13 @@ impl<'a, P: Protocol> Worker<'a, P> {
         }
     }
 
-    #[inline(always)]
-    fn push_set(&mut self, connection: &mut Connection, key: u64, start_ns: u64) {
-        let value = self.population.value(key);
-        P::set(&mut connection.out, self.population.key(key, &mut self.scratch), &value);
-        connection.push(Flight::new(Command::Set, key, start_ns));
-    }
-
-    fn push_multi_get(&mut self, connection: &mut Connection, first: u64, start_ns: u64) {
+    fn push_multi_get(&mut self, connection: &mut Connection<P>, first: u64, start_ns: u64) {
         let at = connection.push(Flight::new(Command::MultiGet, first, start_ns));
         self.draw_batch(connection, at, Command::Get, self.config.multi_get);
         P::multi_get(&mut connection.out, &self.keys);
     }
 
-    fn push_multi_set(&mut self, connection: &mut Connection, first: u64, start_ns: u64) {
+    fn push_multi_set(&mut self, connection: &mut Connection<P>, first: u64, start_ns: u64) {
         let at = connection.push(Flight::new(Command::MultiSet, first, start_ns));
         self.draw_batch(connection, at, Command::Set, self.config.multi_set);
         P::multi_set(
@@ -601,7 +621,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
     }
 
     /// Draws `width` keys for the batch at a place in the ring, and lists them in `keys`.
-    fn draw_batch(&mut self, connection: &mut Connection, at: usize, command: Command, width: usize) {
+    fn draw_batch(&mut self, connection: &mut Connection<P>, at: usize, command: Command, width: usize) {
         let chooser = &self.choosers[connection.chooser];
         let batch = &mut connection.batches[at].operations;
         batch.clear();
@@ -613,7 +633,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
         }
     }
 
-    fn push_preload(&mut self, connection: &mut Connection, now: u64) {
+    fn push_preload(&mut self, connection: &mut Connection<P>, now: u64) {
         loop {
             let full = connection.len >= connection.flights.len()
                 || connection.len >= PRELOAD_WINDOW.max(self.config.pipeline)
@@ -624,7 +644,8 @@ impl<'a, P: Protocol> Worker<'a, P> {
             let Some(place) = self.preload[connection.chooser].next() else {
                 break;
             };
-            self.push_set(connection, self.choosers[connection.chooser].preloaded(place), now);
+            let key = self.choosers[connection.chooser].preloaded(place);
+            self.push_one(connection, Command::Set, key, now);
         }
     }
 
@@ -634,7 +655,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
     ///
     /// When the bytes are no reply to the requests in flight; the connection must be closed.
     #[inline(always)]
-    pub fn received(&mut self, connection: &mut Connection, data: &[u8], now: u64) -> Result<(), OutOfStep> {
+    pub fn received(&mut self, connection: &mut Connection<P>, data: &[u8], now: u64) -> Result<(), OutOfStep> {
         if connection.carry.is_empty() {
             let used = self.consume(connection, data, now)?;
             if used < data.len() {
@@ -652,7 +673,10 @@ impl<'a, P: Protocol> Worker<'a, P> {
     }
 
     #[inline(always)]
-    fn consume(&mut self, connection: &mut Connection, data: &[u8], now: u64) -> Result<usize, OutOfStep> {
+    fn consume(&mut self, connection: &mut Connection<P>, data: &[u8], now: u64) -> Result<usize, OutOfStep> {
+        if P::Session::MULTIPLEXED {
+            return self.consume_frames(connection, data, now);
+        }
         let mut used = 0;
         while used < data.len() {
             let rest = &data[used..];
@@ -686,18 +710,8 @@ impl<'a, P: Protocol> Worker<'a, P> {
                     self.replies += 1;
                     if verdict == Verdict::GoesOn {
                         self.go_on(connection, at, flight.start_ns);
-                    } else if verdict == Verdict::Good && self.recording {
-                        connection.answered += 1;
-                        let run = &mut self.runs[command as usize];
-                        if run.start_ns == flight.start_ns {
-                            run.count += 1;
-                        } else {
-                            self.tally.record(command, now.saturating_sub(run.start_ns), run.count);
-                            *run = Run {
-                                start_ns: flight.start_ns,
-                                count: 1,
-                            };
-                        }
+                    } else if verdict == Verdict::Good {
+                        self.good(connection, flight, now);
                     }
                 }
                 Parsed::Incomplete => break,
@@ -707,12 +721,38 @@ impl<'a, P: Protocol> Worker<'a, P> {
                 }
             }
         }
+        self.end_batch(used, now);
+        Ok(used)
+    }
+
+    /// Records the latency of a request that got a good reply.
+    #[inline(always)]
+    fn good(&mut self, connection: &mut Connection<P>, flight: Flight, now: u64) {
+        if !self.recording {
+            return;
+        }
+        connection.answered += 1;
+        let command = flight.tag.command();
+        let run = &mut self.runs[command as usize];
+        if run.start_ns == flight.start_ns {
+            run.count += 1;
+        } else {
+            self.tally.record(command, now.saturating_sub(run.start_ns), run.count);
+            *run = Run {
+                start_ns: flight.start_ns,
+                count: 1,
+            };
+        }
+    }
+
+    /// Notes the end of what arrived at `now`.
+    #[inline(always)]
+    fn end_batch(&mut self, used: usize, now: u64) {
         if self.recording {
             // The runs end with the batch: the next one arrives at another time.
             self.tally.bytes_received(used as u64);
             self.flush_runs(now);
         }
-        Ok(used)
     }
 
     #[inline(always)]
@@ -738,6 +778,7 @@ impl<'a, P: Protocol> Worker<'a, P> {
                 }
                 self.check_value(key, value)
             }
+            Reply::Chunked(chunks) => self.check_value(key, &http::joined(chunks)),
             Reply::Miss => {
                 self.tally.misses(self.recording as u64);
                 true

@@ -82,6 +82,7 @@ fn spec(protocol: ProtocolName, address: SocketAddr) -> ServerSpec {
     ServerSpec {
         name: format!("own-{}", protocol.name()),
         protocol,
+        also: Vec::new(),
         command: None,
         address: Some(address.to_string()),
         pid: Some(std::process::id()),

@@ -811,6 +811,7 @@ fn servers_are_compared() {
     let specs = [ProtocolName::Memcached, ProtocolName::Resp].map(|protocol| ServerSpec {
         name: format!("toy-{}", protocol.name()),
         protocol,
+        also: Vec::new(),
         command: None,
         address: Some(Toy::start(protocol, Fault::None).to_string()),
         pid: Some(std::process::id()),

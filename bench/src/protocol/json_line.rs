@@ -21,6 +21,8 @@ const CHANGED: &[u8] = b"a key that was read has changed";
 const MAX_REPLY: usize = 1 << 30;
 
 impl Protocol for JsonLine {
+    type Session = ();
+
     const NAME: &'static str = "json-line";
     const MULTI_GETS: bool = false;
     const TXN_MAX: usize = BATCH_KEYS_MAX;

@@ -11,6 +11,8 @@ use std::ops::Range;
 pub struct Memcached;
 
 impl Protocol for Memcached {
+    type Session = ();
+
     const NAME: &'static str = "memcached";
     const MAX_KEY: usize = 250;
     const EXPIRY: bool = true;

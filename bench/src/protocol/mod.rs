@@ -2,9 +2,12 @@
 //!
 //! A protocol is two halves: functions that append a request to a connection's send buffer, and functions that read the
 //! reply at the front of what was received. Neither keeps state, because a connection knows which request the next
-//! reply belongs to. A further protocol is one more file that implements [`Protocol`] and one more line in
-//! [`ProtocolName`] and in [`with_protocol!`](crate::with_protocol).
+//! reply belongs to. Where the wire has a state of its own, and replies come in any order, a [`Session`] for each connection
+//! stands between the two halves and the wire. A further protocol is one more file that implements [`Protocol`] and one more
+//! line in [`ProtocolName`] and in [`with_protocol!`](crate::with_protocol).
 
+pub mod grpc;
+pub mod http;
 pub mod json_line;
 pub mod memcached;
 pub mod protobuf;
@@ -29,6 +32,8 @@ pub enum Reply<'a> {
         /// The value as the reply writes it; [`Protocol::plain`] tells its bytes.
         value: &'a [u8],
     },
+    /// The key was found, and the reply has its value in chunks as HTTP writes them; [`http::joined`] tells its bytes.
+    Chunked(&'a [u8]),
     /// The key was not found by a get.
     Miss,
     /// The key was removed.
@@ -173,8 +178,84 @@ impl KeyList {
     }
 }
 
+/// What a frame that was received means for the requests of its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Nothing yet.
+    Nothing,
+    /// The request with this place has been answered: [`Session::answer`] tells how.
+    Answered(usize),
+    /// The server is about to close the connection: [`Session::closing`] tells why.
+    Closing,
+}
+
+/// What a connection has to know beside its requests in flight: nothing, unless replies may come in any order.
+///
+/// A request in flight has a place below the number that the session was made with, which nobody else has at the time.
+pub trait Session: std::fmt::Debug + Send + Sized {
+    /// Whether replies come in any order, so that the session tells which request each belongs to.
+    const MULTIPLEXED: bool;
+
+    /// The session of a new connection, with places for so many requests, a power of two. Appends what it has to say first.
+    fn open(places: usize, out: &mut Vec<u8>) -> Self;
+
+    /// Gives the request that begins at `start` and ends `out` a place. What the wire does not take yet is kept, and
+    /// appended once it does.
+    fn requested(&mut self, place: usize, command: Command, out: &mut Vec<u8>, start: usize);
+
+    /// Whether the connection can bear no more requests; why.
+    fn spent(&self) -> Option<&'static str>;
+
+    /// Reads the frame at the front of `input`, and appends what it demands to `out`. Only called if the session is
+    /// multiplexed, as all that follows.
+    fn read(&mut self, input: &[u8], out: &mut Vec<u8>) -> Parsed<Event>;
+
+    /// What was said to the request with this place: bytes for [`Protocol::reply`], or, of one that failed, words. There
+    /// until the place is taken anew.
+    fn answer(&self, place: usize) -> Result<&[u8], &[u8]>;
+
+    /// Why the server is about to close the connection.
+    fn closing(&self) -> &str;
+
+    /// Exchanges the requests with these places.
+    fn swap(&mut self, one: usize, other: usize);
+}
+
+/// Replies come in the order of the requests, and say everything themselves.
+impl Session for () {
+    const MULTIPLEXED: bool = false;
+
+    #[inline(always)]
+    fn open(_places: usize, _out: &mut Vec<u8>) -> Self {}
+
+    #[inline(always)]
+    fn requested(&mut self, _place: usize, _command: Command, _out: &mut Vec<u8>, _start: usize) {}
+
+    #[inline(always)]
+    fn spent(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn read(&mut self, _input: &[u8], _out: &mut Vec<u8>) -> Parsed<Event> {
+        Parsed::Malformed
+    }
+
+    fn answer(&self, _place: usize) -> Result<&[u8], &[u8]> {
+        Err(b"")
+    }
+
+    fn closing(&self) -> &str {
+        ""
+    }
+
+    fn swap(&mut self, _one: usize, _other: usize) {}
+}
+
 /// A wire protocol.
-pub trait Protocol: Copy + Send + 'static {
+pub trait Protocol: Copy + Send + std::fmt::Debug + 'static {
+    /// What a connection has to know beside its requests in flight.
+    type Session: Session;
+
     /// The name on the command line.
     const NAME: &'static str;
     /// Whether keys can be removed.
@@ -277,6 +358,10 @@ pub enum ProtocolName {
     Protobuf,
     /// The JSON-line protocol of memkv-tpc.
     JsonLine,
+    /// HTTP/1.1, with a resource for each key.
+    Http,
+    /// gRPC over HTTP/2 without TLS.
+    Grpc,
 }
 
 impl ProtocolName {
@@ -309,6 +394,14 @@ macro_rules! with_protocol {
             }
             $crate::protocol::ProtocolName::JsonLine => {
                 type $p = $crate::protocol::json_line::JsonLine;
+                $body
+            }
+            $crate::protocol::ProtocolName::Http => {
+                type $p = $crate::protocol::http::Http;
+                $body
+            }
+            $crate::protocol::ProtocolName::Grpc => {
+                type $p = $crate::protocol::grpc::Grpc;
                 $body
             }
         }

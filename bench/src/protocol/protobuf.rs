@@ -76,7 +76,7 @@ mod code {
 
 /// Appends `n` as a varint.
 #[inline(always)]
-fn push_varint(out: &mut Vec<u8>, mut n: usize) {
+pub(super) fn push_varint(out: &mut Vec<u8>, mut n: usize) {
     while n >= 128 {
         out.push(n as u8 | 128);
         n >>= 7;
@@ -92,13 +92,13 @@ fn varint_len(n: usize) -> usize {
 
 /// How many bytes a field of `len` bytes takes, with its number and length.
 #[inline(always)]
-fn field_len(len: usize) -> usize {
+pub(super) fn field_len(len: usize) -> usize {
     1 + varint_len(len) + len
 }
 
 /// Appends what stands before the `len` bytes of field `number`.
 #[inline(always)]
-fn push_field(out: &mut Vec<u8>, number: u8, len: usize) {
+pub(super) fn push_field(out: &mut Vec<u8>, number: u8, len: usize) {
     out.push(number << 3 | 2);
     push_varint(out, len);
 }
@@ -138,7 +138,7 @@ fn push_entry(out: &mut Vec<u8>, number: u8, key: &[u8], value: &Value<'_>) {
 
 /// Appends `bytes` as field `number`.
 #[inline(always)]
-fn push_bytes(out: &mut Vec<u8>, number: u8, bytes: &[u8]) {
+pub(super) fn push_bytes(out: &mut Vec<u8>, number: u8, bytes: &[u8]) {
     push_field(out, number, bytes.len());
     out.extend_from_slice(bytes);
 }
@@ -152,6 +152,8 @@ fn unchanged(read: &Item) -> (u8, usize) {
 }
 
 impl Protocol for Protobuf {
+    type Session = ();
+
     const NAME: &'static str = "protobuf";
     const MULTI_SET_MAX: usize = BATCH_KEYS_MAX;
     const TXN_MAX: usize = BATCH_KEYS_MAX;
@@ -383,7 +385,7 @@ struct KeyResult {
 }
 
 /// The content of a field.
-enum Content {
+pub(super) enum Content {
     Number(u64),
     Bytes(Range<usize>),
     /// Of another type; none that is known here has it.
@@ -413,7 +415,7 @@ fn varint(input: &[u8], at: &mut usize) -> Option<u64> {
 /// Reads the field at `*at` of the message that ends `input`, and moves behind it: its number and content. `None` when the
 /// bytes are no field.
 #[inline(always)]
-fn next_field(input: &[u8], at: &mut usize) -> Option<(u64, Content)> {
+pub(super) fn next_field(input: &[u8], at: &mut usize) -> Option<(u64, Content)> {
     let tag = varint(input, at)?;
     let (len, content) = match tag & 7 {
         0 => return Some((tag >> 3, Content::Number(varint(input, at)?))),

@@ -20,6 +20,8 @@ fn bulk(out: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 impl Protocol for Resp {
+    type Session = ();
+
     const NAME: &'static str = "resp";
     const EXPIRY: bool = true;
 

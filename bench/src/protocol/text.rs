@@ -13,6 +13,8 @@ use crate::workload::{Command, Value};
 pub struct Text;
 
 impl Protocol for Text {
+    type Session = ();
+
     const NAME: &'static str = "text";
     const DELETES: bool = false;
     const MULTI_GETS: bool = false;

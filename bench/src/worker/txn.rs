@@ -7,7 +7,7 @@ use crate::workload::{Command, TxnSpec};
 
 impl<P: Protocol> Worker<'_, P> {
     /// Queues a transaction on keys that are drawn now.
-    pub(super) fn push_txn(&mut self, connection: &mut Connection, txn: TxnSpec, start_ns: u64) {
+    pub(super) fn push_txn(&mut self, connection: &mut Connection<P>, txn: TxnSpec, start_ns: u64) {
         let at = connection.push(Flight::new(Command::Txn, 0, start_ns));
         let batch = &mut connection.batches[at];
         batch.operations.clear();
@@ -28,7 +28,7 @@ impl<P: Protocol> Worker<'_, P> {
 
     /// Queues what comes next of the transaction whose reply came from the place `from` of the ring. Its latency began at
     /// `start_ns`, and goes on.
-    pub(super) fn go_on(&mut self, connection: &mut Connection, from: usize, start_ns: u64) {
+    pub(super) fn go_on(&mut self, connection: &mut Connection<P>, from: usize, start_ns: u64) {
         if self.source == Source::Nothing {
             // The run is over; what has not been committed has done nothing.
             return;
