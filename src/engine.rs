@@ -202,7 +202,6 @@ impl Engine {
         self.begin_time(now_ns);
         self.now_ns = now_ns;
         self.now = now;
-        self.slow.begin_turn(now_ns);
         self.metrics.counters.turns += 1;
         if now.0 != self.ticked_ms {
             self.tick();

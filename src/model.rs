@@ -379,17 +379,6 @@ pub struct Wanted {
     pub slow_log: bool,
 }
 
-/// What is collected beside counters: it is large, or takes work.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Wanted {
-    /// Histograms of latency.
-    pub latencies: bool,
-    /// The hottest keys.
-    pub hot_keys: bool,
-    /// The last slow requests.
-    pub slow_log: bool,
-}
-
 /// A request that concerns every shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broadcast {

@@ -407,7 +407,7 @@ fn deletes_misses_and_an_open_loop() {
             "{}",
             report.text()
         );
-        let named: Vec<_> = report.commands.iter().map(|c| c.command).collect();
+        let named: Vec<_> = report.commands.iter().map(|c| c.command.clone()).collect();
         assert_eq!(named, ["get", "set", "delete", "all"]);
     }
 }

@@ -28,17 +28,20 @@ pub enum Outcome {
     TooLarge = 4,
     /// It cannot be done with the value that is there.
     Error = 5,
+    /// Writes are refused.
+    ReadOnly = 6,
 }
 
 impl Outcome {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Outcome; 6] = [
+    pub const ALL: [Outcome; 7] = [
         Outcome::Done,
         Outcome::NotFound,
         Outcome::ConditionFailed,
         Outcome::OutOfMemory,
         Outcome::TooLarge,
         Outcome::Error,
+        Outcome::ReadOnly,
     ];
 
     /// The name in metrics.
@@ -50,6 +53,7 @@ impl Outcome {
             "out_of_memory",
             "too_large",
             "error",
+            "read_only",
         ][self as usize]
     }
 
@@ -64,6 +68,7 @@ impl Outcome {
             Reply::OutOfMemory => Outcome::OutOfMemory,
             Reply::TooLarge => Outcome::TooLarge,
             Reply::NotANumber => Outcome::Error,
+            Reply::ReadOnly => Outcome::ReadOnly,
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::model::{
 };
 use crate::proto::{self, Code, condition::Is, entry::Expiry, operation::Operation as Kind};
 use crate::protocol::call::{Answer, Outcome, Text, TxnAnswer};
-use crate::protocol::{Protocol, is_text};
+use crate::protocol::{READ_ONLY, is_text};
 use crate::runtime::calls::Calls;
 use prost::Message;
 use tonic::Status;
@@ -15,14 +15,14 @@ use tonic::Status;
 pub(super) async fn get(calls: &Calls, request: proto::GetRequest) -> Result<proto::GetResponse, Status> {
     let key = checked_key(&request.key, None, &calls.config().limits)?;
     let op = read(request.with_version);
-    let answer = calls.execute(Protocol::Grpc, &Command { key, op }).await;
+    let answer = calls.execute(&Command { key, op }).await;
     done(&answer)?;
     Ok(get_response(answer))
 }
 
 pub(super) async fn put(calls: &Calls, entry: proto::Entry) -> Result<proto::PutResponse, Status> {
     let command = write(&entry, None, calls)?;
-    let answer = calls.execute(Protocol::Grpc, &command).await;
+    let answer = calls.execute(&command).await;
     done(&answer)?;
     if answer.outcome == Outcome::NotFound {
         // A write finds that there is no item only where its condition wants one.
@@ -41,7 +41,7 @@ pub(super) async fn delete(calls: &Calls, request: proto::DeleteRequest) -> Resu
         condition,
         ..Delete::default()
     });
-    let answer = calls.execute(Protocol::Grpc, &Command { key, op }).await;
+    let answer = calls.execute(&Command { key, op }).await;
     done(&answer)?;
     let deleted = answer.outcome == Outcome::Done;
     if !deleted && condition != Condition::Always {
@@ -132,7 +132,7 @@ pub(super) async fn txn(calls: &Calls, request: proto::Txn) -> Result<proto::Txn
 }
 
 pub(super) async fn metrics(calls: &Calls, _: proto::Metrics) -> Result<proto::MetricsReport, Status> {
-    let report = calls.text(Protocol::Grpc, Text::Protobuf).await;
+    let report = calls.text(Text::Protobuf).await;
     let unreadable = |error| Status::internal(format!("the report cannot be read: {error}"));
     proto::MetricsReport::decode(report.as_slice()).map_err(unreadable)
 }
@@ -149,13 +149,14 @@ async fn together(
         success,
         failure,
     };
-    let answer = calls.transact(Protocol::Grpc, &txn).await;
+    let answer = calls.transact(&txn).await;
     match answer.end {
         TxnEnd::Success | TxnEnd::Failure => Ok(answer),
         TxnEnd::OutOfMemory => Err(out_of_memory()),
         TxnEnd::TooLarge => Err(Status::resource_exhausted(
             "the values are too large together for one answer",
         )),
+        TxnEnd::ReadOnly => Err(read_only()),
     }
 }
 
@@ -166,7 +167,12 @@ fn done(answer: &Answer) -> Result<(), Status> {
         Outcome::ConditionFailed => Err(condition_failed(None)),
         Outcome::OutOfMemory => Err(out_of_memory()),
         Outcome::TooLarge => Err(Status::resource_exhausted("the result is too large")),
+        Outcome::ReadOnly => Err(read_only()),
     }
+}
+
+fn read_only() -> Status {
+    Status::failed_precondition(READ_ONLY)
 }
 
 fn out_of_memory() -> Status {
