@@ -161,7 +161,7 @@ fn values_come_back() {
         assert!(!client.delete(keys[0].as_str()).unwrap());
         assert_eq!(client.get_many(&[] as &[&str]).unwrap(), []);
         assert_eq!(client.set_many([]).unwrap(), []);
-        assert_eq!(client.delete_many(&[] as &[&str]).unwrap(), []);
+        assert!(client.delete_many(&[] as &[&str]).unwrap().is_empty());
 
         let large = vec![7; 1 << 20];
         let written = client.set_many([Put::new("large", large.clone()), Put::new([0, 255], "")]);

@@ -505,6 +505,7 @@ mod tests {
             pid: None,
             route: false,
             verify_values: None,
+            also: vec![],
         };
         let message = Server::launch(&spec("/nonexistent/server {port}"), &[]).unwrap_err();
         assert!(message.contains("cannot start server 'broken'"), "{message}");
