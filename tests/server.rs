@@ -59,7 +59,7 @@ fn set_request(protocol: Protocol, key: &str, value: &[u8]) -> (Vec<u8>, Vec<u8>
         Protocol::Protobuf => {
             let entry = proto::Entry {
                 key: key.into(),
-                value: value.into(),
+                value: value.to_vec().into(),
                 ..proto::Entry::default()
             };
             let entries = vec![entry];
