@@ -30,6 +30,8 @@ fn the_page_is_told_what_was_done() {
     for n in 0..100 {
         let answer = world.ask(memcached, format!("set k{n} 0 0 3\r\nabc\r\n").as_bytes());
         assert_eq!(answer, b"STORED\r\n");
+    }
+    for n in 0..100 {
         world.ask(text, format!("get k{}\r\n", n * 2).as_bytes());
     }
     world.advance(2_000);
@@ -73,7 +75,8 @@ fn the_page_is_told_what_was_done() {
         (100, after["connections"].as_u64().unwrap())
     );
     assert_eq!(all("requests"), totals["requests"].as_u64().unwrap());
-    assert_eq!(all("forwarded"), all("served_for_others"));
+    // Collecting these very numbers is something that one core does for another, too.
+    assert!(all("served_for_others") >= all("forwarded"));
 
     // The kinds of memory are what is charged.
     let kinds = after["memory"]["kinds"].as_object().unwrap();
