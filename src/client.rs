@@ -226,7 +226,7 @@ impl Put {
     fn into_entry(self) -> proto::Entry {
         proto::Entry {
             key: self.key,
-            value: self.value,
+            value: self.value.into(),
             flags: self.flags,
             expiry: match self.expiry {
                 Expiry::Never => None,

@@ -75,7 +75,7 @@ fn amount(value: &[u8]) -> i64 {
 fn balance(number: usize, amount: i64) -> Entry {
     Entry {
         key: account(number),
-        value: amount.to_string().into_bytes(),
+        value: amount.to_string().into(),
         ..Entry::default()
     }
 }

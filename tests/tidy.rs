@@ -61,7 +61,16 @@ const LAYERS: &[(&str, &[&str])] = &[
     // L4: the outside world.
     (
         "runtime",
-        &["budget", "config", "engine", "link", "model", "partition", "protocol"],
+        &[
+            "budget",
+            "config",
+            "engine",
+            "link",
+            "model",
+            "partition",
+            "proto",
+            "protocol",
+        ],
     ),
     // L5: the other end of a connection, and the command lines.
     ("client", &["model", "partition", "proto"]),

@@ -4,13 +4,14 @@
 //! results of a transaction with their values still by reference, or a report that is rendered already. Both ends are this
 //! process, so nothing is checked.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults};
+use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, protobuf};
 use crate::encoding::{Reader, Rope, push_check, push_command, read_check, read_command};
 use crate::metrics::Report;
 use crate::model::{
     Broadcast, Command, Deadline, Op, Put, Reply, Transaction, TxnEnd, UnixMillis, Value, Version, Wanted,
 };
 use bytes::Bytes;
+use prost::Message;
 
 /// What a request is, in its first byte. The length of what follows stands behind it.
 mod kind {
@@ -34,10 +35,12 @@ pub enum Text {
     OpenMetrics = 1,
     /// What the page shows, as JSON.
     Live = 2,
+    /// An encoded [`MetricsReport`](crate::proto::MetricsReport).
+    Protobuf = 3,
 }
 
 impl Text {
-    const ALL: [Text; 3] = [Text::Prometheus, Text::OpenMetrics, Text::Live];
+    const ALL: [Text; 4] = [Text::Prometheus, Text::OpenMetrics, Text::Live, Text::Protobuf];
 }
 
 fn push_framed(kind: u8, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
@@ -138,9 +141,9 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         _ => {
             let text = reader.u8();
             let wanted = Wanted {
-                hot_keys: true,
+                latencies: text == Text::Protobuf as u8,
+                hot_keys: text != Text::Protobuf as u8,
                 slow_log: text == Text::Live as u8,
-                ..Wanted::default()
             };
             Decoded::Broadcast(Broadcast::Metrics(wanted), Shape::code(u32::from(text)))
         }
@@ -285,6 +288,10 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
     match Text::ALL[shape.code as usize] {
         Text::Prometheus | Text::OpenMetrics => {}
         Text::Live => super::live::live(cores, server, &mut out.flat),
+        Text::Protobuf => {
+            let report = protobuf::metrics_report(cores.iter().map(|(_, metrics)| metrics), server);
+            out.flat.extend_from_slice(&report.encode_to_vec());
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 //! A message of [`LARGE_VALUE_BYTES`] and more is collected into memory of its own, of which a single large value stays a
 //! part: it is never copied again.
 
-use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, is_http};
+use super::{Decoded, Decoder, Env, ServerFacts, Shape, Step, TxnResults, is_http, is_text};
 use crate::encoding::Rope;
 use crate::metrics::{Metrics, Report};
 use crate::model::{
@@ -434,14 +434,6 @@ impl<'a> Commands<'a> {
         };
         Decoded::Transaction(txn, Shape { code, text })
     }
-}
-
-/// Protocols of lines show a key that is none as memcached's clients write it: in base64.
-#[inline]
-fn is_text(key: &[u8]) -> bool {
-    // Without a branch per byte, for nearly all keys are so.
-    let odd = key.iter().fold(false, |odd, byte| odd | !(b'!'..=b'~').contains(byte));
-    !odd || key.iter().all(|byte| *byte > b' ' && *byte != 0x7f) && std::str::from_utf8(key).is_ok()
 }
 
 fn condition_of(command: &Command<'_>) -> Condition {
@@ -900,7 +892,11 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
     push_response(shape, response, out);
 }
 
-fn metrics_report<'a>(cores: impl Iterator<Item = &'a Metrics>, server: &ServerFacts<'_>) -> proto::MetricsReport {
+/// What all cores have counted, as one message.
+pub(super) fn metrics_report<'a>(
+    cores: impl Iterator<Item = &'a Metrics>,
+    server: &ServerFacts<'_>,
+) -> proto::MetricsReport {
     let mut sum = Metrics::default();
     cores.for_each(|metrics| sum.merge(metrics));
     let mut counters: std::collections::BTreeMap<String, u64> = sum

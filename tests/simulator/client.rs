@@ -580,7 +580,7 @@ fn entry(common: &Common, key: Key, value: Value, ends: Ends) -> Entry {
     let (value, flags) = common.bytes(value);
     Entry {
         key: common.keys[key].clone(),
-        value,
+        value: value.into(),
         flags,
         expiry: match ends {
             Ends::Never => None,

@@ -23,7 +23,7 @@ pub fn get(keys: &[&[u8]], with_version: bool) -> Command {
 pub fn entry(key: &[u8], value: &[u8]) -> Entry {
     Entry {
         key: key.to_vec(),
-        value: value.to_vec(),
+        value: value.to_vec().into(),
         ..Entry::default()
     }
 }

@@ -726,7 +726,7 @@ mod tests {
                 Protobuf::set(&mut out, &key, &Value::plain(&value));
                 let entry = proto::Entry {
                     key: key.clone(),
-                    value,
+                    value: value.into(),
                     ..Default::default()
                 };
                 let set = proto::Set { entries: vec![entry] };
@@ -762,7 +762,7 @@ mod tests {
             });
             let known = [(&b"a"[..], &b""[..]), (&key, &value)].map(|(key, value)| proto::Entry {
                 key: key.into(),
-                value: value.into(),
+                value: value.to_vec().into(),
                 ..Default::default()
             });
             let mut out = Vec::new();
