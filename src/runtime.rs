@@ -7,6 +7,7 @@
 mod allocator;
 mod calls;
 mod gateway;
+mod grpc;
 mod host;
 mod http;
 mod load;

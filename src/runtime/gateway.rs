@@ -7,15 +7,17 @@
 //! only, never across an await.
 
 use super::calls::Calls;
-use super::{Shared, http};
+use super::{Shared, grpc, http};
 use crate::engine::{Engine, Notice, Read, Written};
 use crate::protocol::Protocol;
 use futures_executor::{LocalPool, LocalSpawner};
 use futures_util::task::LocalSpawnExt;
 use hyper::rt::ReadBufCursor;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
@@ -202,9 +204,29 @@ async fn serve_http(handlers: Rc<Handlers>, socket: Socket) {
     .await;
 }
 
+/// Calls that one gRPC connection may have under way. A client waits with more.
+const STREAMS_MAX: u32 = 128;
+
 /// Serves one gRPC connection.
 async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawner) {
-    let _ = (handlers, socket, spawner);
+    let calls = Calls::new(handlers.clone(), Protocol::Grpc);
+    let service = service_fn(move |request| {
+        let calls = calls.clone();
+        async move { Ok::<_, Infallible>(grpc::serve(calls, request).await) }
+    });
+    let connection = http2::Builder::new(Tasks(spawner))
+        .timer(CoarseTimer)
+        .max_concurrent_streams(STREAMS_MAX)
+        .serve_connection(socket, service);
+    let mut connection = pin!(connection);
+    let mut told = false;
+    let _ = std::future::poll_fn(|context| {
+        if handlers.is_stopping() && !std::mem::replace(&mut told, true) {
+            connection.as_mut().graceful_shutdown();
+        }
+        connection.as_mut().poll(context)
+    })
+    .await;
 }
 
 /// A connection's bytes, as hyper reads and writes them. Dropping it closes the connection when all that was written is sent.

@@ -3,7 +3,7 @@
 Started by `run`, which installs what is needed and sets MEMKV_TPC. A test is a
 function whose name begins with test_; it fails by raising. The golden
 transcripts come first, many at a time, so that their sleeps overlap; then the
-tests here, of the text protocols, and those in protobuf.py, json_line.py, memory.py and page.py.
+tests here, of the text protocols, and those in protobuf.py, json_line.py, memory.py, page.py and grpc_service.py.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ import time
 
 from pymemcache.exceptions import MemcacheClientError, MemcacheServerError
 
+import grpc_service
 import json_line
 import memory
 import page
@@ -649,7 +650,8 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16, hard))
     wanted = sys.argv[1:]
     chosen = lambda name: not wanted or any(word in name for word in wanted)
-    tests = [*tests_of(sys.modules[__name__]), *tests_of(protobuf), *tests_of(json_line), *tests_of(memory), *tests_of(page)]
+    modules = [sys.modules[__name__], protobuf, json_line, memory, page, grpc_service]
+    tests = [test for module in modules for test in tests_of(module)]
     results = []
     # Those that sleep longest start first.
     jobs = sorted(

@@ -50,8 +50,8 @@ class Server:
             self.process.kill()
             self.process.wait()
             raise
-        self.memcached, self.text, self.protobuf, self.json_line = map(
-            self.addresses.get, ("memcached", "text", "protobuf", "json-line")
+        self.memcached, self.text, self.protobuf, self.json_line, self.http, self.grpc = map(
+            self.addresses.get, ("memcached", "text", "protobuf", "json-line", "http", "grpc")
         )
         return self
 
