@@ -141,9 +141,9 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         _ => {
             let text = reader.u8();
             let wanted = Wanted {
-                hot_keys: true,
-                slow_log: text == Text::Live as u8,
                 latencies: text == Text::Protobuf as u8,
+                hot_keys: text != Text::Protobuf as u8,
+                slow_log: text == Text::Live as u8,
             };
             Decoded::Broadcast(Broadcast::Metrics(wanted), Shape::code(u32::from(text)))
         }

@@ -33,8 +33,8 @@ pub(super) const HEAD_BYTES_MAX: usize = 64 * 1024;
 /// A gRPC client that says nothing for so long is asked whether it is there, and let go if it does not say so in time.
 const KEEP_ALIVE_PERIOD: Duration = Duration::from_secs(60);
 const KEEP_ALIVE_TIME_MAX: Duration = Duration::from_secs(20);
-/// Requests that a gRPC client may have under way on one connection.
-const STREAMS_MAX: u32 = 1024;
+/// Requests that a gRPC client may have under way on one connection. A client waits with more.
+const STREAMS_MAX: u32 = 128;
 /// Bytes of one gRPC request's headers.
 const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 /// Bytes of one gRPC request, and of all of a connection, that may come before they are understood.

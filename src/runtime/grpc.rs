@@ -1,32 +1,35 @@
 //! gRPC: the service of `proto/kv.proto`, and the standard ones of health and reflection.
 //!
-//! hyper speaks HTTP/2, tonic's codec the messages in it. tonic's own servers and services want to be shared among threads;
+//! hyper speaks HTTP/2, and tonic finds the messages in it. tonic's own servers and services want to be shared among threads;
 //! these stay on the core of their connection. Deadlines are kept here, and so are limits that tonic does not know: of the
-//! memory that requests on their way take ([`incoming`]), and of what their messages become when they are decoded ([`codec`]).
+//! memory that requests and responses on their way take ([`held`]), and of what messages become when they are decoded
+//! ([`codec`]). Large values stay where they are while they are sent ([`reply`]).
 
 mod codec;
 mod health;
-mod incoming;
+mod held;
 mod kv;
 mod reflection;
+mod reply;
 
 use super::calls::Calls;
 use super::gateway::sleep;
 use codec::Codec;
-use futures_util::future::{Either, MapOk, Ready, TryFutureExt, ready, select};
+use futures_util::future::{Either, Ready, ready, select};
 use futures_util::stream::Stream;
+use held::{Counted, Held};
 use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use incoming::{Counted, Held};
 use prost::Message;
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
 use tonic::body::Body;
 use tonic::codec::CompressionEncoding;
-use tonic::server::{Grpc, ServerStreamingService, StreamingService, UnaryService};
+use tonic::metadata::MetadataValue;
+use tonic::server::{Grpc, ServerStreamingService, StreamingService};
 use tonic::{Code, Status, Streaming};
 
 /// The name of the service, as health and reflection know it.
@@ -138,23 +141,7 @@ fn late() -> Response<Body> {
     Status::deadline_exceeded("the deadline came before the answer").into_http()
 }
 
-/// tonic's side of a method: messages that come compressed are understood, answers are sent as they are.
-fn grpc<Q, R>(calls: &Calls) -> Grpc<Codec<Q, R>>
-where
-    Q: Message + Default + 'static,
-    R: Message + 'static,
-{
-    let limits = &calls.config().limits;
-    Grpc::new(Codec::new(limits.request_keys_max as usize))
-        .accept_compressed(CompressionEncoding::Gzip)
-        .max_decoding_message_size(limits.request_bytes_max() as usize)
-}
-
-fn counted(calls: &Calls, request: Request<Incoming>) -> Request<Counted> {
-    request.map(|body| Counted::new(body, Held::new(calls)))
-}
-
-/// Serves a method with one request and one response.
+/// Serves a method with one request and one response. What both take is counted.
 async fn unary<Q, R, F, Fut>(calls: &Calls, request: Request<Incoming>, method: F) -> Response<Body>
 where
     Q: Message + Default + 'static,
@@ -162,11 +149,60 @@ where
     F: Fn(Q) -> Fut,
     Fut: Future<Output = Result<R, Status>>,
 {
-    let method = Unary {
-        method,
-        held: Held::new(calls),
+    let served = async {
+        let message: Q = only_message(calls, request).await?;
+        let mut held = Held::new(calls);
+        held.grow(message.encoded_len())?;
+        let answer = method(message).await?;
+        drop(held);
+        reply::of(&answer, Held::new(calls))
     };
-    with_usual_code(grpc(calls).unary(method, counted(calls, request)).await)
+    served.await.unwrap_or_else(Status::into_http)
+}
+
+/// The message of a request that has one.
+async fn only_message<Q: Message + Default + 'static>(calls: &Calls, request: Request<Incoming>) -> Result<Q, Status> {
+    let limits = &calls.config().limits;
+    let codec = Codec::<Q, ()>::new(limits.request_keys_max as usize);
+    let encoding = encoding(request.headers())?;
+    let body = Counted::new(request.into_body(), Held::new(calls));
+    let mut messages = Streaming::new_request(codec, body, encoding, Some(limits.request_bytes_max() as usize));
+    // A message over the limit is RESOURCE_EXHAUSTED in the other implementations of gRPC. tonic calls it OUT_OF_RANGE.
+    let usual = |status: Status| match status.code() {
+        Code::OutOfRange => Status::resource_exhausted(status.message()),
+        _ => status,
+    };
+    let message = messages.message().await.map_err(usual)?;
+    let message = message.ok_or_else(|| Status::internal("the request has no message"))?;
+    match messages.message().await.map_err(usual)? {
+        None => Ok(message),
+        Some(_) => Err(Status::internal("the request has more than one message")),
+    }
+}
+
+/// How the messages of a request are compressed that say they are.
+fn encoding(headers: &HeaderMap) -> Result<Option<CompressionEncoding>, Status> {
+    match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
+        None | Some(b"identity") => Ok(None),
+        Some(b"gzip") => Ok(Some(CompressionEncoding::Gzip)),
+        Some(_) => {
+            let mut status = Status::unimplemented("messages may be compressed with gzip, or not at all");
+            let accepted = MetadataValue::from_static("gzip,identity");
+            status.metadata_mut().insert("grpc-accept-encoding", accepted);
+            Err(status)
+        }
+    }
+}
+
+/// tonic's side of a method that answers with a stream.
+fn streaming<Q, R>(calls: &Calls, request: Request<Incoming>) -> (Grpc<Codec<Q, R>>, Request<Counted>)
+where
+    Q: Message + Default + 'static,
+    R: Message + 'static,
+{
+    let limits = &calls.config().limits;
+    let grpc = Grpc::new(Codec::new(limits.request_keys_max as usize)).accept_compressed(CompressionEncoding::Gzip);
+    (grpc, request.map(|body| Counted::new(body, Held::new(calls))))
 }
 
 /// Serves a method with one request and a stream of responses.
@@ -177,8 +213,8 @@ where
     F: Fn(Q) -> S,
     S: Stream<Item = Result<R, Status>> + Send + 'static,
 {
-    let request = counted(calls, request);
-    with_usual_code(grpc(calls).server_streaming(Streams(method), request).await)
+    let (mut grpc, request) = streaming(calls, request);
+    grpc.server_streaming(Streams(method), request).await
 }
 
 /// Serves a method with a stream of requests and a stream of responses.
@@ -189,46 +225,11 @@ where
     F: Fn(Streaming<Q>) -> S + Send,
     S: Stream<Item = Result<R, Status>> + Send + 'static,
 {
-    grpc(calls).streaming(Streams(method), counted(calls, request)).await
+    let (mut grpc, request) = streaming(calls, request);
+    grpc.streaming(Streams(method), request).await
 }
 
-/// A message over the limit is RESOURCE_EXHAUSTED in the other implementations of gRPC. tonic calls it OUT_OF_RANGE, which
-/// nothing here means.
-fn with_usual_code(mut response: Response<Body>) -> Response<Body> {
-    let code = |code: Code| HeaderValue::from(code as i32);
-    if let Some(status) = response.headers_mut().get_mut(Status::GRPC_STATUS)
-        && *status == code(Code::OutOfRange)
-    {
-        *status = code(Code::ResourceExhausted);
-    }
-    response
-}
-
-/// A function as tonic's idea of a method. What the message takes is counted until it is answered.
-struct Unary<F> {
-    method: F,
-    held: Held,
-}
-
-impl<Q, R, F, Fut> UnaryService<Q> for Unary<F>
-where
-    Q: Message,
-    F: Fn(Q) -> Fut,
-    Fut: Future<Output = Result<R, Status>>,
-{
-    type Response = R;
-    type Future = Either<Ready<Result<tonic::Response<R>, Status>>, MapOk<Fut, fn(R) -> tonic::Response<R>>>;
-
-    fn call(&mut self, request: tonic::Request<Q>) -> Self::Future {
-        let message = request.into_inner();
-        match self.held.grow(message.encoded_len()) {
-            Ok(()) => Either::Right((self.method)(message).map_ok(tonic::Response::new)),
-            Err(status) => Either::Left(ready(Err(status))),
-        }
-    }
-}
-
-/// The same for methods that answer with a stream.
+/// A function as tonic's idea of a method that answers with a stream.
 struct Streams<F>(F);
 
 impl<F, S, Q, R> ServerStreamingService<Q> for Streams<F>

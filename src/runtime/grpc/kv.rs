@@ -3,7 +3,8 @@
 use super::codec::too_many_keys;
 use crate::config::Limits;
 use crate::model::{
-    Check, Command, Condition, Deadline, Delete, NewVersion, Op, Put, Transaction, TxnEnd, UnixMillis, Value, Version,
+    Check, Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, Transaction, TxnEnd,
+    UnixMillis, Value, Version,
 };
 use crate::proto::{self, Code, condition::Is, entry::Expiry, operation::Operation as Kind};
 use crate::protocol::call::{Answer, Outcome, Text, TxnAnswer};
@@ -22,7 +23,19 @@ pub(super) async fn get(calls: &Calls, request: proto::GetRequest) -> Result<pro
 
 pub(super) async fn put(calls: &Calls, entry: proto::Entry) -> Result<proto::PutResponse, Status> {
     let command = write(&entry, None, calls)?;
-    let answer = calls.execute(&command).await;
+    let answer = match command.op {
+        Op::Put(put) if entry.value.len() >= LARGE_VALUE_BYTES => {
+            let upload = calls.announce(command.key, put, entry.value.len());
+            match upload.refused() {
+                Some(answer) => answer,
+                None => {
+                    upload.send(&entry.value);
+                    upload.finish().await
+                }
+            }
+        }
+        _ => calls.execute(&command).await,
+    };
     done(&answer)?;
     if answer.outcome == Outcome::NotFound {
         // A write finds that there is no item only where its condition wants one.

@@ -1,6 +1,7 @@
-//! What requests on their way take of a core's memory, and how much they may.
+//! What requests and responses on their way take of a core's memory, and how much they may.
 //!
-//! A client may open many streams and send each as slowly as it likes; tonic collects each until its message is whole.
+//! A client may open many streams and send each as slowly as it likes; tonic collects each until its message is whole. And it may
+//! ask for much and take none of it.
 
 use crate::model::LARGE_VALUE_BYTES;
 use crate::runtime::calls::Calls;
@@ -12,23 +13,23 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use tonic::Status;
 
-/// The requests of a core may take as much as this many of the longest ones: one that is slow does not keep the others out.
+/// Together they may take as much as this many of the longest requests: one that is slow does not keep the others out.
 const LONGEST_REQUESTS: usize = 4;
 
-/// Not counted of each request: a small one is served however much memory the large ones take. It is no more than the stream
-/// itself takes, and how many of those a connection may have is limited.
+/// Not counted of each: small ones are served however much memory the large ones take. It is little beside what their stream takes,
+/// and how many of those a connection may have is limited.
 const FREE_BYTES: usize = LARGE_VALUE_BYTES;
 
 thread_local! {
-    /// Bytes that requests on this core have counted.
+    /// Bytes that are counted on this core.
     static COUNTED_BYTES: Cell<usize> = const { Cell::new(0) };
 }
 
-/// What one request takes. Must be dropped on the core where it was made: connections do not move.
+/// What one of them takes. Must be dropped on the core where it was made: connections do not move.
 #[derive(Debug)]
 pub(super) struct Held {
     bytes: usize,
-    /// Of all requests of the core.
+    /// Of all on the core.
     bytes_max: usize,
 }
 
@@ -40,6 +41,11 @@ impl Held {
 
     fn within(bytes_max: usize) -> Self {
         Self { bytes: 0, bytes_max }
+    }
+
+    /// Others have less because of it.
+    pub(super) fn is_counted(&self) -> bool {
+        self.counted() > 0
     }
 
     fn counted(&self) -> usize {
@@ -54,7 +60,7 @@ impl Held {
         let all = COUNTED_BYTES.get() + more;
         COUNTED_BYTES.set(all);
         if more > 0 && all > self.bytes_max {
-            let reason = "other requests that are on their way take all memory that there is for them: try again";
+            let reason = "calls that are under way take all memory that there is for them: try again";
             return Err(Status::resource_exhausted(reason));
         }
         Ok(())
