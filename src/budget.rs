@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 /// What a core takes from, and gives back to, the pool at a time.
 const PIECE_BYTES: u64 = 256 * 1024;
+/// With more to spare than this it gives some back.
+const SPARE_BYTES_MAX: u64 = 2 * PIECE_BYTES;
 /// A core tells the others of what it has charged when that has changed by more than this; of less, once in a while.
 const PUBLISH_BYTES: u64 = 64 * 1024;
 
@@ -88,16 +90,33 @@ impl Pool {
         self.reserve.load(Ordering::Relaxed) as u64
     }
 
-    /// Says how many bytes are resident that nobody has charged.
+    /// Compares what is charged with what is resident, which `ask` finds out; says how many bytes nobody has charged.
+    pub fn measure(&self, ask: impl FnOnce() -> Option<u64>) -> Option<u64> {
+        // In this order: what is freed meanwhile counts twice until the next time. The other way round it would not count at all.
+        let freed = self.unmeasured.swap(0, Ordering::Acquire);
+        let Some(resident) = ask() else {
+            self.unmeasured.fetch_add(freed, Ordering::Release);
+            return None;
+        };
+        let other = resident.saturating_sub(self.resident());
+        self.replace_other(other, freed);
+        Some(other)
+    }
+
+    /// Says how many bytes are resident that nobody has charged, and that what was freed is known with that.
     pub fn set_other(&self, bytes: u64) {
-        let bytes = bytes.min(i64::MAX as u64);
         let freed = self.unmeasured.swap(0, Ordering::Relaxed);
+        self.replace_other(bytes, freed);
+    }
+
+    fn replace_other(&self, bytes: u64, freed: i64) {
+        let bytes = bytes.min(i64::MAX as u64);
         let before = self.other.swap(bytes, Ordering::Relaxed);
         self.free
             .fetch_add(before as i64 - bytes as i64 + freed, Ordering::Relaxed);
     }
 
-    /// So much was freed since [`Pool::set_other`] was called last that it should be called again soon.
+    /// So much was freed since it was last measured that it should be measured again soon.
     #[inline]
     pub fn is_to_measure(&self) -> bool {
         self.unmeasured.load(Ordering::Relaxed) > self.reserve.load(Ordering::Relaxed) / 8
@@ -178,6 +197,8 @@ pub struct Budget {
     /// Taken from the pool and not charged.
     spare: u64,
     charged: u64,
+    /// Bytes of those that are not resident: of values that were announced and have not come.
+    absent: u64,
     unlimited: bool,
     /// What this core said last: bytes charged and resident, and bytes of connections.
     said: (i64, i64),
@@ -190,6 +211,7 @@ impl Budget {
             pool,
             spare: 0,
             charged: 0,
+            absent: 0,
             unlimited: false,
             said: (0, 0),
         }
@@ -239,7 +261,7 @@ impl Budget {
         debug_assert!(bytes <= self.charged, "released more than was charged");
         self.charged -= bytes;
         self.spare += bytes;
-        if self.spare > 2 * PIECE_BYTES {
+        if self.spare > SPARE_BYTES_MAX {
             self.give_back();
         }
     }
@@ -253,7 +275,11 @@ impl Budget {
         }
         debug_assert!(bytes as u64 <= self.charged, "released more than was charged");
         self.charged -= bytes as u64;
-        self.pool.unmeasured.fetch_add(bytes as i64, Ordering::Relaxed);
+        if self.is_to_publish() {
+            // Whoever measures must not take it for charged, whatever this core's turn is still busy with.
+            self.publish_resident();
+        }
+        self.pool.unmeasured.fetch_add(bytes as i64, Ordering::Release);
     }
 
     #[cold]
@@ -287,32 +313,54 @@ impl Budget {
         std::mem::replace(&mut self.unlimited, on)
     }
 
-    /// Tells the others how much this core has charged: `absent` bytes of it are not resident, `connections` belong to those.
-    pub fn publish(&mut self, absent: usize, connections: usize) {
-        let say = (self.charged as i64 - absent as i64, connections as i64);
-        let Published {
-            resident,
-            connections: of_connections,
-        } = &self.pool.published;
-        if say.0 != self.said.0 {
-            resident.fetch_add(say.0 - self.said.0, Ordering::Relaxed);
+    /// So many of the bytes that are charged are not resident yet.
+    pub fn mark_absent(&mut self, bytes: usize) {
+        self.absent += bytes as u64;
+    }
+
+    /// So many of those are resident now, or about to be released.
+    #[inline]
+    pub fn mark_present(&mut self, bytes: usize) {
+        debug_assert!(bytes as u64 <= self.absent, "more came than was announced");
+        self.absent -= bytes as u64;
+    }
+
+    fn resident(&self) -> i64 {
+        self.charged as i64 - self.absent as i64
+    }
+
+    fn publish_resident(&mut self) {
+        let resident = self.resident();
+        let before = std::mem::replace(&mut self.said.0, resident);
+        if self.said.0 != before {
+            let published = &self.pool.published.resident;
+            published.fetch_add(self.said.0 - before, Ordering::Relaxed);
         }
-        if say.1 != self.said.1 {
-            of_connections.fetch_add(say.1 - self.said.1, Ordering::Relaxed);
+    }
+
+    /// Tells the others how much this core has charged; `connections` bytes of it belong to those. And leaves them what it has no use
+    /// for.
+    pub fn publish(&mut self, connections: usize) {
+        self.publish_resident();
+        let before = std::mem::replace(&mut self.said.1, connections as i64);
+        if self.said.1 != before {
+            let published = &self.pool.published.connections;
+            published.fetch_add(self.said.1 - before, Ordering::Relaxed);
         }
-        self.said = say;
         if self.spare > 0 && self.pool.missing() > 0 {
             // It was the reserve's.
             self.pool
                 .free
                 .fetch_add(std::mem::take(&mut self.spare) as i64, Ordering::Relaxed);
+        } else if self.spare > SPARE_BYTES_MAX {
+            self.give_back();
         }
     }
 
     /// Much has changed since [`Budget::publish`] was called last.
     #[inline]
-    pub fn is_to_publish(&self, absent: usize) -> bool {
-        (self.charged as i64 - absent as i64).abs_diff(self.said.0) > PUBLISH_BYTES
+    pub fn is_to_publish(&self) -> bool {
+        self.resident().abs_diff(self.said.0) > PUBLISH_BYTES
     }
 
     /// Bytes that data of this core may still be charged with; below 0 when more is charged than the limit allows.
@@ -338,7 +386,8 @@ impl Budget {
 
 impl Drop for Budget {
     fn drop(&mut self) {
-        self.publish(self.charged as usize, 0);
+        self.absent = self.charged;
+        self.publish(0);
         self.pool
             .free
             .fetch_add((self.spare + self.charged) as i64, Ordering::Relaxed);
@@ -403,7 +452,7 @@ mod tests {
         let mut shortages = vec![];
         for _ in 0..20 {
             budget.charge_always(100 << 10);
-            budget.publish(0, (budget.charged() - data) as usize);
+            budget.publish((budget.charged() - data) as usize);
             shortages.push(pool.shortage());
         }
         assert_eq!(shortages[0], Shortage::No);
@@ -413,7 +462,7 @@ mod tests {
         assert!(!budget.charge(1 << 20));
         budget.release(20 * (100 << 10));
         assert!(!pool.is_short() && pool.missing() <= 2 * PIECE_BYTES);
-        budget.publish(0, 0);
+        budget.publish(0);
         assert_eq!(pool.missing(), 0);
         assert!(!budget.charge(1000), "it is kept again");
     }
@@ -429,7 +478,7 @@ mod tests {
         assert_eq!((pool.shortage(), pool.missing()), (Shortage::Severe, 5 << 20));
         assert!(!pool.is_full_of_connections());
         budget.charge_always(300 << 10);
-        budget.publish(0, 300 << 10);
+        budget.publish(300 << 10);
         assert!(pool.is_full_of_connections());
     }
 
@@ -442,7 +491,8 @@ mod tests {
         assert!(!budget.charge(1));
         pool.set_other(1 << 19);
         assert!(budget.charge(1 << 19) && !budget.charge(1));
-        budget.publish(1 << 18, 0);
+        budget.mark_absent(1 << 18);
+        budget.publish(0);
         assert_eq!((pool.other(), pool.resident()), (1 << 19, 1 << 18));
         drop(budget);
         assert_eq!((pool.resident(), pool.free.load(Ordering::Relaxed)), (0, 1 << 19));
@@ -460,6 +510,42 @@ mod tests {
         assert!(!budget.charge(1 << 20) && pool.is_to_measure());
         pool.set_other(1 << 20);
         assert!(budget.charge(7 << 20) && !budget.charge(1));
+    }
+
+    /// What a core frees in the middle of a turn and the allocator keeps is nobody's, also when it is measured before the turn's
+    /// end; and what it frees while it is being measured counts, too.
+    #[test]
+    fn what_was_freed_is_not_charged_any_more() {
+        let pool = Pool::new(10 << 20);
+        pool.keep_for_connections(1 << 20);
+        let mut budget = Budget::new(pool.clone());
+        assert!(budget.charge(8 << 20));
+        budget.publish(0);
+        budget.release_when_measured(6 << 20);
+        assert_eq!(pool.measure(|| Some(8 << 20)), Some(6 << 20));
+        assert!(!budget.charge(2 << 20), "all of it is resident");
+        let other = pool.measure(|| {
+            budget.release_when_measured(1 << 20);
+            Some(8 << 20)
+        });
+        assert_eq!(other, Some(7 << 20));
+        assert!(!budget.charge(1 << 20), "it is measured the next time");
+        assert_eq!(pool.measure(|| Some(2 << 20)), Some(1 << 20));
+        assert!(budget.charge(7 << 20) && !budget.charge(1 << 20));
+        budget.release_when_measured(1 << 20);
+        assert_eq!(pool.measure(|| None), None);
+        assert!(!budget.charge(1 << 20), "the system did not say");
+    }
+
+    /// What a transaction had reserved and did not use is there for others.
+    #[test]
+    fn what_was_reserved_in_vain_comes_back() {
+        let pool = Pool::new(10 << 20);
+        let (mut a, mut b) = (Budget::new(pool.clone()), Budget::new(pool.clone()));
+        assert!(a.charge(10 << 20));
+        a.use_reserved(10 << 20);
+        a.publish(0);
+        assert!(b.charge(9 << 20));
     }
 
     /// A charge that travels with what it is for stays one.

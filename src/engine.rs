@@ -91,8 +91,6 @@ pub struct Engine {
     connection_bytes: usize,
     /// What one of them may have waiting.
     own_limits: memory::OwnLimits,
-    /// Bytes charged for announced values that have not come.
-    absent_bytes: usize,
     links: Vec<Link>,
     /// What this core counts.
     pub metrics: Metrics,
@@ -161,7 +159,6 @@ impl Engine {
             shards,
             connection_bytes: 0,
             own_limits: memory::OwnLimits::new(&config.limits, Shortage::No),
-            absent_bytes: 0,
             table,
             core_ports: Arc::new([]),
             request_bytes_max: usize::try_from(config.limits.request_bytes_max()).unwrap_or(usize::MAX),
@@ -890,7 +887,7 @@ impl Engine {
     ) -> (usize, bool) {
         let taken = input.len().min(incoming.missing_bytes());
         incoming.value.extend_from_slice(&input[..taken]);
-        self.absent_bytes -= taken;
+        self.shards.budget.mark_present(taken);
         if incoming.value.len() < incoming.bytes {
             session.incoming = Some(incoming);
             return (taken, false);

@@ -74,6 +74,8 @@ pub struct Server {
     loaded: Option<LoadReport>,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Gives freed memory back to the system.
+    giver: Option<JoinHandle<()>>,
 }
 
 /// What loading a file came to.
@@ -176,12 +178,19 @@ impl Server {
             let thread = thread.spawn(move || core.run(&slot));
             threads.push(thread.map_err(|error| StartError(format!("no thread for core {number}: {error}")))?);
         }
+        let giver = {
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new().name("memory".to_owned());
+            thread.spawn(move || shared.memory.give_back_until_end())
+        };
+        let giver = giver.map_err(|error| StartError(format!("no thread that gives memory back: {error}")))?;
         let mut server = Self {
             addresses,
             core_ports,
             loaded: None,
             shared,
             threads,
+            giver: Some(giver),
         };
         let backlog = config.limits.backlog.min(i32::MAX as u32) as i32;
         let listen = |socket: &Socket| {
@@ -245,6 +254,10 @@ impl Server {
         for thread in self.threads.drain(..) {
             // A panic in a core was already told on standard error.
             let _ = thread.join();
+        }
+        if let Some(giver) = self.giver.take() {
+            self.shared.memory.end();
+            let _ = giver.join();
         }
     }
 }

@@ -78,8 +78,10 @@ impl Engine {
     /// A transaction cannot be committed any more. It stays open, so that what follows is not taken for commands outside.
     fn doom(&mut self, session: &mut Session, why: &'static str) {
         if let Some(open) = &mut session.open_txn {
-            self.shards.budget.release(std::mem::take(&mut open.bytes));
             open.doom(why);
+            self.shards
+                .budget
+                .release_when_measured(std::mem::take(&mut open.bytes));
         }
     }
 

@@ -139,7 +139,7 @@ impl Engine {
             self.shards.budget.release(bytes);
             return None;
         }
-        self.absent_bytes += bytes;
+        self.shards.budget.mark_absent(bytes);
         Some(value)
     }
 
@@ -147,7 +147,7 @@ impl Engine {
     pub(super) fn release_session(&mut self, session: &mut Session) {
         if let Some(incoming) = session.incoming.take() {
             let missing_bytes = incoming.missing_bytes();
-            self.absent_bytes -= missing_bytes;
+            self.shards.budget.mark_present(missing_bytes);
             self.shards.budget.release(missing_bytes);
             self.shards.budget.release_when_measured(incoming.value.len());
         }
@@ -344,14 +344,14 @@ impl Engine {
     /// Tells the other cores what this one has charged, when that has changed much.
     #[inline]
     pub(super) fn publish_if_much(&mut self) {
-        if self.shards.budget.is_to_publish(self.absent_bytes) {
+        if self.shards.budget.is_to_publish() {
             self.publish();
         }
     }
 
     /// Tells the other cores what this one has charged.
     pub(super) fn publish(&mut self) {
-        self.shards.budget.publish(self.absent_bytes, self.connection_bytes);
+        self.shards.budget.publish(self.connection_bytes);
         self.see_shortage();
         if self.pool.is_short() {
             self.buffers.clear();

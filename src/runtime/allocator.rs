@@ -1,34 +1,74 @@
 //! The allocator: small items come and go in the millions.
 
 #[cfg(feature = "allocator")]
+use std::sync::atomic::{AtomicBool, Ordering};
+
+#[cfg(feature = "allocator")]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Gives memory that this thread has freed back to the system. The allocator does so by itself only while it is used, so a
-/// core that has become idle asks for it.
-pub(super) fn give_back() {
+/// Leaves memory that this thread has freed and keeps for itself to the process. The allocator does so by itself only while it is
+/// used, so a core that has become idle asks for it.
+pub(super) fn let_go() {
     #[cfg(feature = "allocator")]
     // SAFETY: no arguments of consequence; it may be called at any time from any thread.
     unsafe {
-        libmimalloc_sys::mi_collect(true);
+        libmimalloc_sys::mi_collect(false);
     }
 }
 
-/// The option that says for how long freed memory is kept, in milliseconds, and what is usual. The bindings do not name it.
+/// Gives freed memory of the whole process back to the system. That takes a tenth of a second for a gigabyte: it is nothing for a core
+/// to do.
+pub(super) fn give_back() {
+    #[cfg(feature = "allocator")]
+    {
+        // While all goes back at once, the allocator takes it that nothing waits for that; what was freed before does.
+        set_purge_delay(PURGE_DELAY_MS);
+        // SAFETY: as above.
+        unsafe { libmimalloc_sys::mi_collect(true) };
+        apply_at_once();
+    }
+}
+
+/// The option that says for how long freed memory is kept, in milliseconds. The bindings do not name it. What is usual is longer than
+/// whoever calls [`give_back`] waits: a thread that finds it over would give back all there is, by itself.
 #[cfg(feature = "allocator")]
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 #[cfg(feature = "allocator")]
-const PURGE_DELAY_MS: std::ffi::c_long = 1000;
+const PURGE_DELAY_MS: std::ffi::c_long = 60_000;
 
-/// Has what is freed from now on go back to the system at once, or, as is usual, after a while: most of it is wanted again.
+/// What is freed goes back at once.
+#[cfg(feature = "allocator")]
+static AT_ONCE: AtomicBool = AtomicBool::new(false);
+
+/// Has what is freed from now on go back to the system at once, or, as is usual, with [`give_back`]: most of it is wanted again.
 pub(super) fn give_back_at_once(on: bool) {
     #[cfg(feature = "allocator")]
-    // SAFETY: sets a number that the allocator reads when it frees a block; it may change at any time.
-    unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, if on { 0 } else { PURGE_DELAY_MS });
+    {
+        AT_ONCE.store(on, Ordering::SeqCst);
+        apply_at_once();
     }
     #[cfg(not(feature = "allocator"))]
     let _ = on;
+}
+
+/// Several cores may be at it: whoever sets what is out of date finds out, and sets it again.
+#[cfg(feature = "allocator")]
+fn apply_at_once() {
+    loop {
+        let on = AT_ONCE.load(Ordering::SeqCst);
+        set_purge_delay(if on { 0 } else { PURGE_DELAY_MS });
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if AT_ONCE.load(Ordering::SeqCst) == on {
+            return;
+        }
+    }
+}
+
+#[cfg(feature = "allocator")]
+fn set_purge_delay(milliseconds: std::ffi::c_long) {
+    // SAFETY: sets a number that the allocator reads when it frees a block; it may change at any time.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, milliseconds) };
 }
 
 /// Has the system leave huge pages out in this process. The allocator would ask for them: 2 MiB of memory where a few pages
@@ -37,5 +77,28 @@ pub(super) fn leave_huge_pages_out() {
     // SAFETY: a flag of the process, no pointers. A system that does not know it has no such pages either.
     unsafe {
         libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0);
+    }
+}
+
+#[cfg(all(test, feature = "allocator"))]
+mod tests {
+    use super::super::memory::Resident;
+    use super::*;
+
+    /// What was freed before everything was to go back at once goes back, too.
+    #[test]
+    fn what_was_freed_before_goes_back() {
+        const BYTES: u64 = 512 << 20;
+        let resident = Resident::new().unwrap();
+        let before = resident.bytes().unwrap();
+        let blocks: Vec<Vec<u8>> = (0..BYTES >> 20).map(|_| vec![1; 1 << 20]).collect();
+        let full = resident.bytes().unwrap();
+        assert!(full > before + BYTES / 2, "{before} {full}");
+        drop(blocks);
+        give_back_at_once(true);
+        give_back();
+        let after = resident.bytes().unwrap();
+        give_back_at_once(false);
+        assert!(after < full - BYTES / 2, "{full} {after}");
     }
 }

@@ -7,8 +7,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
+use std::time::Duration;
 
 /// How often resident memory is compared with what is charged. What grows in between unnoticed must fit the reserve.
 const MEASURE_PERIOD_NS: u64 = 10_000_000;
@@ -16,9 +18,12 @@ const MEASURE_PERIOD_NS: u64 = 10_000_000;
 const MEASURE_AGAIN_NS: u64 = 200_000;
 /// How often it is asked how much the process may use.
 const LIMIT_PERIOD_NS: u64 = 1_000_000_000;
-/// How often the cores are asked to give memory back, at the most, and when that has brought nothing.
+/// How often the cores are asked to let go of memory, at the most, and when that has brought nothing.
 const GIVE_BACK_PERIOD_NS: u64 = 100_000_000;
 const GIVE_BACK_AGAIN_NS: u64 = 5_000_000_000;
+
+/// How long freed memory is kept for use again when nobody asks for it.
+const KEPT_MAX: Duration = Duration::from_secs(1);
 
 /// What is kept for connections is this part of the limit, and no more than so much.
 const RESERVE_SHARE: u64 = 8;
@@ -119,10 +124,13 @@ pub(super) fn check_limit(config: &Config, limit: u64, cores: u16, resident: u64
     let receive_bytes = cores * u64::from(config.limits.receive_buffers) * super::net::BUFFER_BYTES as u64;
     let cores_bytes = cores * CORE_BYTES + cores * (cores - 1) * LINK_BYTES;
     let item_bytes = config.limits.item_size_max.0;
-    let least = resident + receive_bytes + cores_bytes + reserve_of(limit) + item_bytes;
-    if limit >= least {
+    let fixed_bytes = resident + receive_bytes + cores_bytes + item_bytes;
+    if limit >= fixed_bytes + reserve_of(limit) {
         return Ok(());
     }
+    // What is kept for connections grows with the limit.
+    let reserve_bytes = fixed_bytes.div_ceil(RESERVE_SHARE - 1).min(RESERVE_BYTES_MAX);
+    let least = fixed_bytes + reserve_bytes;
     let mebibytes = |bytes: u64| bytes.div_ceil(1 << 20);
     Err(StartError(format!(
         "--max-memory {} is too little for {cores} cores: {} MiB are needed before the first item ({} for what receives with \
@@ -134,7 +142,7 @@ pub(super) fn check_limit(config: &Config, limit: u64, cores: u16, resident: u64
         config.limits.receive_buffers,
         mebibytes(item_bytes),
         config.limits.item_size_max,
-        mebibytes(reserve_of(limit)),
+        mebibytes(reserve_bytes),
         mebibytes(resident + cores_bytes),
     )))
 }
@@ -166,6 +174,9 @@ impl Resident {
     }
 }
 
+/// The thread that gives back counts as one of those who are asked.
+const GIVER: u32 = 1;
+
 /// Keeps the limit true: takes off it what nobody has charged, has freed memory given back when that becomes too much, and
 /// follows what the process may use. All cores share it; the first that finds it due does it for all.
 #[derive(Debug)]
@@ -177,11 +188,15 @@ pub(super) struct Watch {
     measure_at_ns: AtomicU64,
     limit_at_ns: AtomicU64,
     allowed: AtomicU64,
-    /// How often the cores were asked to give memory back, when, and how many of them have not done it.
+    /// How often the cores were asked to let go of memory, when, and how many have not done what is theirs: the cores, and then
+    /// the thread that gives it back.
     asked: AtomicU32,
     asked_ns: AtomicU64,
     asking: AtomicU32,
     cores: u32,
+    /// That thread.
+    giver: OnceLock<Thread>,
+    ended: AtomicBool,
     /// What is freed goes back at once.
     at_once: AtomicBool,
     /// What nobody had charged after that: what is left in use.
@@ -201,20 +216,51 @@ impl Watch {
             asked_ns: AtomicU64::new(0),
             asking: AtomicU32::new(0),
             cores: u32::from(cores),
+            giver: OnceLock::new(),
+            ended: AtomicBool::new(false),
             at_once: AtomicBool::new(false),
             settled: AtomicU64::new(u64::MAX),
         }
     }
 
-    /// How often the cores were asked to give memory back.
+    /// How often the cores were asked to let go of memory.
     #[inline]
     pub(super) fn asked(&self) -> u32 {
         self.asked.load(Ordering::Relaxed)
     }
 
-    /// A core has given memory back, as it was asked to.
-    pub(super) fn gave_back(&self) {
-        self.asking.fetch_sub(1, Ordering::Relaxed);
+    /// A core has let go of memory, as it was asked to.
+    pub(super) fn let_go(&self) {
+        if self.asking.fetch_sub(1, Ordering::AcqRel) == GIVER + 1
+            && let Some(giver) = self.giver.get()
+        {
+            giver.unpark();
+        }
+    }
+
+    /// Gives freed memory back to the system until [`Watch::end`]: what a thread is for that has nothing else to do.
+    pub(super) fn give_back_until_end(&self) {
+        let _ = self.giver.set(std::thread::current());
+        while !self.ended.load(Ordering::Acquire) {
+            std::thread::park_timeout(KEPT_MAX);
+            self.give_back();
+        }
+    }
+
+    fn give_back(&self) {
+        let was_asked = self.asking.load(Ordering::Acquire) == GIVER;
+        allocator::give_back();
+        if was_asked {
+            self.asking.store(0, Ordering::Release);
+        }
+    }
+
+    /// No core is there any more.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        if let Some(giver) = self.giver.get() {
+            giver.unpark();
+        }
     }
 
     /// Resident memory of the process, in bytes.
@@ -239,9 +285,7 @@ impl Watch {
     fn measure(&self, now_ns: u64) {
         let limit = self.pool.limit();
         self.pool.keep_for_connections(reserve_of(limit));
-        if let Some(resident) = self.resident.bytes() {
-            let other = resident.saturating_sub(self.pool.resident());
-            self.pool.set_other(other);
+        if let Some(other) = self.pool.measure(|| self.resident.bytes()) {
             self.ask_if_it_helps(other, now_ns);
             let short = self.pool.is_short() || self.at_once.load(Ordering::Relaxed) && self.pool.missing() > 0;
             if self.at_once.swap(short, Ordering::Relaxed) != short {
@@ -253,7 +297,7 @@ impl Watch {
         }
     }
 
-    /// What was freed is not always given back. Where writes are refused for it, the cores are asked to.
+    /// What was freed is kept for a while, and by the cores. Where writes are refused for it, it is asked for.
     fn ask_if_it_helps(&self, other: u64, now_ns: u64) {
         let since_ns = now_ns.saturating_sub(self.asked_ns.load(Ordering::Relaxed));
         if since_ns < GIVE_BACK_PERIOD_NS || self.asking.load(Ordering::Relaxed) > 0 {
@@ -269,7 +313,7 @@ impl Watch {
         if self.pool.is_nearly_full() && (grown || since_ns >= GIVE_BACK_AGAIN_NS) {
             self.settled.store(u64::MAX, Ordering::Relaxed);
             self.asked_ns.store(now_ns, Ordering::Relaxed);
-            self.asking.store(self.cores, Ordering::Relaxed);
+            self.asking.store(self.cores + GIVER, Ordering::Relaxed);
             self.asked.fetch_add(1, Ordering::Relaxed);
         } else {
             self.settled.fetch_min(other, Ordering::Relaxed);
@@ -324,6 +368,7 @@ fn is_due(at_ns: &AtomicU64, now_ns: u64, period_ns: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
 
     /// A made-up system.
     fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
@@ -385,6 +430,19 @@ mod tests {
         assert_eq!(bytes(&[first, other]), 1_024_000, "somebody else's");
     }
 
+    /// The limit that an error asks for is enough, and not a mebibyte too much.
+    #[test]
+    fn what_is_needed_suffices() {
+        let config = Config::parse_from(["memkv-tpc", "--item-size-max", "5m"]);
+        for (cores, resident) in [(1, 3 << 20), (2, 12_345_678), (700, 1 << 20)] {
+            let error = check_limit(&config, 1 << 20, cores, resident).unwrap_err().to_string();
+            let (_, rest) = error.split_once("cores: ").unwrap();
+            let needed: u64 = rest.split_once(" MiB").unwrap().0.parse().unwrap();
+            check_limit(&config, needed << 20, cores, resident).unwrap();
+            check_limit(&config, (needed - 1) << 20, cores, resident).unwrap_err();
+        }
+    }
+
     fn watch(limit: u64, given: bool) -> Watch {
         Watch::new(Pool::new(limit), Resident::new().unwrap(), given, 1 << 30, 2)
     }
@@ -427,13 +485,17 @@ mod tests {
         assert_eq!(see(20 << 20, GIVE_BACK_PERIOD_NS), 0);
         assert_eq!(see(30 << 20, GIVE_BACK_PERIOD_NS), 0, "there is room enough");
         assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1);
-        watch.gave_back();
+        watch.let_go();
+        watch.give_back();
         assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1, "wait for the other core");
-        watch.gave_back();
+        watch.let_go();
+        assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1, "and until it is given back");
+        watch.give_back();
         assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1, "that much stays");
         assert_eq!(see(full, GIVE_BACK_PERIOD_NS), 1);
         assert_eq!(see(full + (3 << 20), GIVE_BACK_PERIOD_NS), 2, "it grows");
-        (0..2).for_each(|_| watch.gave_back());
+        (0..2).for_each(|_| watch.let_go());
+        watch.give_back();
         assert_eq!(see(full, GIVE_BACK_AGAIN_NS), 2);
         assert_eq!(see(full, GIVE_BACK_AGAIN_NS), 3);
     }

@@ -74,13 +74,13 @@ impl Spin {
     }
 }
 
-/// Gives memory back when a core has nothing to do after it had, or is asked to. Not more often: it looks at the whole heap.
+/// Lets go of freed memory when a core has nothing to do after it had, or is asked to. Not more often: it looks at much of the heap.
 #[derive(Default)]
 struct Tidier {
     /// How often it was asked to when it last did, and when it may again.
     asked: u32,
     rests_until_ns: u64,
-    /// Bytes received and sent when memory was last given back, and at the last look.
+    /// Bytes received and sent when it last did, and at the last look.
     tidied_bytes: u64,
     seen_bytes: u64,
     idle_since_ns: u64,
@@ -103,7 +103,7 @@ impl Tidier {
         if had_traffic && now_ns - self.idle_since_ns >= Self::IDLE_NS_MIN {
             self.tidied_bytes = bytes;
             engine.free_spare_buffers();
-            allocator::give_back();
+            allocator::let_go();
         }
     }
 
@@ -114,8 +114,8 @@ impl Tidier {
         }
         self.asked = by.asked();
         engine.free_spare_buffers();
-        allocator::give_back();
-        by.gave_back();
+        allocator::let_go();
+        by.let_go();
         let took_ns = clock.now_ns() - began_ns;
         self.rests_until_ns = began_ns + took_ns * Self::REST_FACTOR;
     }
