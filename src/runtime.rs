@@ -1,8 +1,9 @@
 //! The outside world: threads, executors, sockets, files, clocks. The only place that waits.
 //!
-//! [`Server::start`] probes the machine, binds the listeners, starts one thread with one glommio executor per core, loads
-//! what there is to load, and only then serves. On each executor one task runs: the [`pump`], which moves bytes between the
-//! network ring ([`net`]), the channels to other cores ([`mesh`]) and the core's [`Engine`].
+//! [`Server::start`] probes the machine, binds the listeners, starts one thread with one glommio executor per core, which loads
+//! what there is to load, and only then serves; HTTP, which tells when that is, answers before. On each executor one task runs:
+//! the [`pump`], which moves bytes between the network ring ([`net`]), the channels to other cores ([`mesh`]) and the core's
+//! [`Engine`].
 
 mod allocator;
 mod calls;
@@ -48,7 +49,7 @@ impl std::error::Error for StartError {}
 #[derive(Debug)]
 struct Shared {
     stop: AtomicBool,
-    /// What there was to load is loaded.
+    /// What there was to load is loaded, and all listeners listen.
     ready: AtomicBool,
     /// Cores that owe nobody anything any more while the server stops.
     quiet_cores: AtomicU16,
@@ -62,6 +63,19 @@ struct Shared {
 impl Shared {
     fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
+        self.peers.iter().for_each(Peer::ring);
+    }
+
+    /// A core cannot begin: it says so, and the others do not wait for it when they end.
+    fn give_up(&self, boot: &mpsc::Sender<Started>, error: StartError) {
+        self.quiet_cores.fetch_add(1, Ordering::SeqCst);
+        // Another core may have said so before.
+        let _ = boot.send(Err(error));
+    }
+
+    /// All is loaded, and all sockets listen.
+    fn serve(&self) {
+        self.ready.store(true, Ordering::Release);
         self.peers.iter().for_each(Peer::ring);
     }
 }
@@ -128,6 +142,7 @@ impl Server {
         let Bound {
             listeners,
             sockets,
+            early_sockets,
             addresses,
             core_ports,
         } = bind(&config, cores)?;
@@ -158,8 +173,31 @@ impl Server {
         });
         let meshes = mesh::build(&peers);
         let clock = pump::Clock::start();
-        let mut boot = Boot::new(usize::from(cores));
-        let mut threads = vec![];
+        let backlog = config.limits.backlog.min(i32::MAX as u32) as i32;
+        let listen = |sockets: &[Socket]| {
+            let mut sockets = sockets.iter();
+            let listening = sockets.try_for_each(|socket| {
+                socket.listen(backlog)?;
+                // The connections inherit it, so that the next server may have the port at once.
+                socket.set_reuse_address(true)
+            });
+            listening.map_err(|error| StartError(format!("cannot listen: {error}")))
+        };
+        listen(&early_sockets)?;
+        if let (Some(path), Listen::At(address)) = (&config.load, config.http) {
+            let path = path.display();
+            log::info!("loading {path}: http://{address}/readyz tells when that is done");
+        }
+        let (boot, started) = Boot::new(usize::from(cores));
+        // Dropping it stops the cores that were begun, when something is wrong.
+        let mut server = Self {
+            addresses,
+            core_ports: core_ports.clone(),
+            loaded: None,
+            shared: shared.clone(),
+            threads: vec![],
+            giver: None,
+        };
         for ((number, mesh), listeners) in meshes.into_iter().enumerate().zip(listeners) {
             let core = Core {
                 id: CoreId(number as u16),
@@ -173,42 +211,22 @@ impl Server {
                 core_ports: core_ports.clone(),
                 clock,
             };
-            let slot = boot.slot();
+            let started = started.clone();
             let thread = std::thread::Builder::new().name(format!("core {number}"));
-            let thread = thread.spawn(move || core.run(&slot));
-            threads.push(thread.map_err(|error| StartError(format!("no thread for core {number}: {error}")))?);
+            let thread = thread.spawn(move || core.run(started));
+            let thread = thread.map_err(|error| StartError(format!("no thread for core {number}: {error}")))?;
+            server.threads.push(thread);
         }
-        let giver = {
-            let shared = shared.clone();
-            let thread = std::thread::Builder::new().name("memory".to_owned());
-            thread.spawn(move || shared.memory.give_back_until_end())
-        };
+        // The cores have theirs.
+        drop(started);
+        let giver = std::thread::Builder::new().name("memory".to_owned());
+        let giver = giver.spawn(move || shared.memory.give_back_until_end());
         let giver = giver.map_err(|error| StartError(format!("no thread that gives memory back: {error}")))?;
-        let mut server = Self {
-            addresses,
-            core_ports,
-            loaded: None,
-            shared,
-            threads,
-            giver: Some(giver),
-        };
-        let backlog = config.limits.backlog.min(i32::MAX as u32) as i32;
-        let listen = |socket: &Socket| {
-            socket.listen(backlog)?;
-            // The connections inherit it, so that the next server may have the port at once.
-            socket.set_reuse_address(true)
-        };
-        match boot.finish(|| sockets.iter().try_for_each(listen)) {
-            Ok(loaded) => {
-                server.shared.ready.store(true, Ordering::Relaxed);
-                server.loaded = loaded;
-                Ok(server)
-            }
-            Err(error) => {
-                server.join();
-                Err(error)
-            }
-        }
+        server.giver = Some(giver);
+        server.loaded = boot.finish()?;
+        listen(&sockets)?;
+        server.shared.serve();
+        Ok(server)
     }
 
     /// Where it listens, with the ports that the system chose.
@@ -269,48 +287,34 @@ impl Drop for Server {
     }
 }
 
-/// How the cores and the starting thread meet: each core says that it is ready (with what it loaded), then all are told to
-/// serve, or to end because one could not.
+/// A protocol that listens before all is loaded: it tells that.
+fn listens_while_loading(protocol: Protocol) -> bool {
+    protocol == Protocol::Http
+}
+
+/// What a core has loaded, or why it cannot serve.
+type Started = Result<Option<LoadReport>, StartError>;
+
+/// How the starting thread hears of the cores: each says once that it could serve, with what it loaded. What they are told then
+/// is in [`Shared`]: to serve, or to end because one could not.
 struct Boot {
-    ready: mpsc::Receiver<Result<Option<LoadReport>, StartError>>,
-    ready_sender: mpsc::Sender<Result<Option<LoadReport>, StartError>>,
-    go: Vec<mpsc::Sender<()>>,
+    started: mpsc::Receiver<Started>,
     cores: usize,
 }
 
-/// One core's end of [`Boot`].
-struct BootSlot {
-    ready: mpsc::Sender<Result<Option<LoadReport>, StartError>>,
-    go: mpsc::Receiver<()>,
-}
-
 impl Boot {
-    fn new(cores: usize) -> Self {
-        let (ready_sender, ready) = mpsc::channel();
-        Self {
-            ready,
-            ready_sender,
-            go: vec![],
-            cores,
-        }
+    /// For so many cores, each of which gets a copy of the sender.
+    fn new(cores: usize) -> (Self, mpsc::Sender<Started>) {
+        let (sender, started) = mpsc::channel();
+        (Self { started, cores }, sender)
     }
 
-    fn slot(&mut self) -> BootSlot {
-        let (sender, go) = mpsc::channel();
-        self.go.push(sender);
-        BootSlot {
-            ready: self.ready_sender.clone(),
-            go,
-        }
-    }
-
-    /// Waits for all cores, has the sockets listen, and lets the cores serve.
-    fn finish(self, listen: impl FnOnce() -> std::io::Result<()>) -> Result<Option<LoadReport>, StartError> {
-        drop(self.ready_sender);
+    /// Waits for all cores.
+    fn finish(self) -> Started {
         let mut report: Option<LoadReport> = None;
         for _ in 0..self.cores {
             let loaded = self
-                .ready
+                .started
                 .recv()
                 .unwrap_or_else(|_| Err(StartError("a core ended while starting".to_owned())))?;
             if let Some(loaded) = loaded {
@@ -319,18 +323,37 @@ impl Boot {
                 sum.duration = sum.duration.max(loaded.duration);
             }
         }
-        listen().map_err(|error| StartError(format!("cannot listen: {error}")))?;
-        for go in &self.go {
-            let _ = go.send(());
-        }
         Ok(report)
     }
 }
 
-impl BootSlot {
-    /// Reports, and waits for the others. False: the server does not start.
-    fn meet(&self, result: Result<Option<LoadReport>, StartError>) -> bool {
-        self.ready.send(result).is_ok() && self.go.recv().is_ok()
+/// A core that does not serve all its listeners yet.
+struct Starting {
+    loader: Option<load::Loader>,
+    /// Until it has said what came of it.
+    boot: Option<mpsc::Sender<Started>>,
+}
+
+impl Starting {
+    /// Does a piece of what there is to do first.
+    fn step(&mut self, engine: &mut Engine) {
+        let loaded = match &mut self.loader {
+            Some(loader) => match loader.step(engine) {
+                Ok(None) => return,
+                loaded => loaded,
+            },
+            None => Ok(None),
+        };
+        self.loader = None;
+        if let Some(boot) = self.boot.take() {
+            // Nobody listens when another core could not: this one will be told to stop.
+            let _ = boot.send(loaded);
+        }
+    }
+
+    /// There is more to do than to wait.
+    fn is_loading(&self) -> bool {
+        self.boot.is_some()
     }
 }
 
@@ -349,7 +372,7 @@ struct Core {
 }
 
 impl Core {
-    fn run(self, boot: &BootSlot) {
+    fn run(self, boot: mpsc::Sender<Started>) {
         let placement = match self.cpu {
             Some(cpu) => glommio::Placement::Fixed(cpu),
             None => glommio::Placement::Unbound,
@@ -364,35 +387,30 @@ impl Core {
             Ok(executor) => executor.run(self.serve(boot)),
             Err(error) => {
                 let reason = format!("core {} has no executor: {error}", self.id.0);
-                boot.meet(Err(StartError(reason)));
+                self.shared.give_up(&boot, StartError(reason));
             }
         }
     }
 
-    async fn serve(self, boot: &BootSlot) {
+    async fn serve(self, boot: mpsc::Sender<Started>) {
         let clock = self.clock;
         let (config, table) = (self.config.clone(), self.table);
         let spinning = self.cpu.is_some();
         let mut engine = Engine::new(self.id, table, self.pool, config.clone(), clock.wall());
         engine.set_core_ports(self.core_ports);
-        let loaded = match &config.load {
-            Some(path) => load::load(path, self.id, config.load_strict, &mut engine).map(Some),
-            None => Ok(None),
-        };
+        let loader = load::Loader::open(&config, self.id);
         let doorbell = self.shared.peers[usize::from(self.id.0)].doorbell();
         let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, doorbell, config.limits.receive_buffers));
         let net = net.map_err(|error| StartError(format!("no network ring for core {}: {error}", self.id.0)));
         // The first sleep of an executor takes tens of milliseconds: get it over with before anybody waits.
         glommio::timer::sleep(Duration::from_millis(1)).await;
-        match (loaded, net) {
-            (Ok(loaded), Ok(net)) => {
-                if boot.meet(Ok(loaded)) {
-                    pump::run(engine, net, self.mesh, self.shared, clock, spinning).await;
-                }
+        match (loader, net) {
+            (Ok(loader), Ok(net)) => {
+                let boot = Some(boot);
+                let starting = Starting { loader, boot };
+                pump::run(engine, net, self.mesh, self.shared, clock, spinning, starting).await;
             }
-            (Err(error), _) | (_, Err(error)) => {
-                boot.meet(Err(error));
-            }
+            (Err(error), _) | (_, Err(error)) => self.shared.give_up(&boot, error),
         }
     }
 }
@@ -477,8 +495,10 @@ fn range_table(config: &Config, cores: u16) -> Result<RangeTable, StartError> {
 struct Bound {
     /// For each core, one of each protocol.
     listeners: Vec<Vec<net::Listener>>,
-    /// The same sockets once more, to begin listening on all of them at one place.
+    /// The same sockets once more, to begin listening on all of them at one place, when all is loaded.
     sockets: Vec<Socket>,
+    /// And those that listen before that.
+    early_sockets: Vec<Socket>,
     addresses: Vec<(Protocol, SocketAddr)>,
     core_ports: Arc<[u16]>,
 }
@@ -488,6 +508,7 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
     let text = config.text_listen().map_err(StartError)?;
     let mut listeners: Vec<Vec<net::Listener>> = (0..cores).map(|_| vec![]).collect();
     let (mut addresses, mut sockets): (Vec<(Protocol, SocketAddr)>, _) = (vec![], vec![]);
+    let mut early_sockets = vec![];
     let shared_by_all = [
         (Protocol::Memcached, config.memcached),
         (Protocol::Text, text),
@@ -517,7 +538,12 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
             if let Some(bound) = socket.local_addr().ok().and_then(|bound| bound.as_socket()) {
                 address = bound;
             }
-            sockets.push(socket.try_clone().map_err(|error| failed(address, error))?);
+            let copy = socket.try_clone().map_err(|error| failed(address, error))?;
+            if listens_while_loading(protocol) {
+                early_sockets.push(copy);
+            } else {
+                sockets.push(copy);
+            }
             per_core.push(net::Listener::new(socket.into(), protocol, false));
         }
         addresses.push((protocol, address));
@@ -561,6 +587,7 @@ fn bind(config: &Config, cores: u16) -> Result<Bound, StartError> {
     Ok(Bound {
         listeners,
         sockets,
+        early_sockets,
         addresses,
         core_ports: core_ports.into(),
     })

@@ -549,6 +549,78 @@ fn loading_rows() {
     }
 }
 
+/// While there is more to load, supervisors are told so by HTTP; when all is loaded, they are told that.
+#[test]
+fn health_while_loading() {
+    // HTTP's answer to a request, on a connection of its own.
+    let http = |address: &str, path: &str| {
+        let mut stream = connect(address.parse().unwrap());
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let status = |answer: &str| answer.split(' ').nth(1).unwrap().to_owned();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows");
+    std::fs::write(&path, "a 1\nb 2\n").unwrap();
+    let server = Server::start(Config {
+        load: Some(path.clone()),
+        ..config(2)
+    })
+    .unwrap();
+    let address = server.address(Protocol::Http).unwrap().to_string();
+    for path in ["/healthz", "/readyz", "/keys/a"] {
+        assert_eq!(status(&http(&address, path)), "200", "{path}");
+    }
+    server.stop();
+
+    // A row so long that nobody will ever see its end; it takes no room on the disk.
+    let rows = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
+    rows.set_len(1 << 40).unwrap();
+    let mut server = Command::new(env!("CARGO_BIN_EXE_memkv-tpc"))
+        .args([
+            "--cores",
+            "2",
+            "--memcached",
+            "127.0.0.1:0",
+            "--text",
+            "off",
+            "--protobuf",
+            "off",
+        ])
+        .args(["--json-line", "off", "--http", "127.0.0.1:0", "--grpc", "off", "--load"])
+        .arg(&path)
+        .env("RUST_LOG", "info")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = BufReader::new(server.stderr.take().unwrap());
+    let told = log
+        .lines()
+        .map(Result::unwrap)
+        .find(|line| line.contains("/readyz"))
+        .unwrap();
+    let address = told.split("http://").nth(1).unwrap().split('/').next().unwrap();
+    for _ in 0..3 {
+        assert_eq!(status(&http(address, "/healthz")), "200");
+        for path in ["/readyz", "/keys/a"] {
+            let answer = http(address, path);
+            assert_eq!(status(&answer), "503", "{path}");
+            assert!(answer.contains("still loading"), "{answer}");
+        }
+        // All cores turn: each has a part in this.
+        assert_eq!(status(&http(address, "/metrics")), "200");
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let mut out = String::new();
+    server.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+    assert_eq!(out, "", "it never said that it was ready");
+}
+
 /// The binary: says where it listens and when it is ready, ends with 0 on SIGTERM, with 1 when it cannot start, with 2 for
 /// options that make no sense, and never with a panic.
 #[test]

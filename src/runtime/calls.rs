@@ -80,9 +80,9 @@ impl Calls {
         self.handlers.engine.borrow().now()
     }
 
-    /// Everything is loaded.
+    /// Everything is loaded, and all listeners listen.
     pub(super) fn is_ready(&self) -> bool {
-        self.handlers.shared.ready.load(Ordering::Relaxed)
+        self.handlers.shared.ready.load(Ordering::Acquire)
     }
 
     /// The server stops.

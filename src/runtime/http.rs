@@ -231,6 +231,9 @@ impl Handler {
             return Err(Problem::bad("the Host header is missing"));
         }
         let path = request.uri().path();
+        if path.starts_with("/key") && !self.calls.is_ready() {
+            return Err(loading().and_close());
+        }
         if let Some(key) = path.strip_prefix("/keys/").or_else(|| path.strip_prefix("/key/")) {
             let key = self.key(key)?;
             let key: &[u8] = &key.into_owned();
@@ -287,10 +290,7 @@ impl Handler {
                 StatusCode::OK,
                 &serde_json::json!({"name": env!("CARGO_PKG_NAME"), "version": env!("CARGO_PKG_VERSION")}),
             )),
-            "/readyz" if !self.calls.is_ready() => Err(Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "the server is still loading its data",
-            )),
+            "/readyz" if !self.calls.is_ready() => Err(loading()),
             _ => Ok(respond(
                 StatusCode::OK,
                 "text/plain; charset=utf-8",
@@ -654,6 +654,11 @@ impl<'a> TextualValue<'a> {
             },
         }
     }
+}
+
+/// Not everything is there yet; and what is written now, a row that is loaded later could overwrite.
+fn loading() -> Problem {
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the server is still loading its data")
 }
 
 fn no_such_key() -> Problem {

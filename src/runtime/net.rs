@@ -5,6 +5,7 @@
 //! busy core are one `io_uring_enter` per turn.
 
 use super::gateway::Gateway;
+use super::listens_while_loading;
 use crate::engine::{Engine, Notice};
 use crate::protocol::Protocol;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -209,6 +210,8 @@ pub(super) struct Net {
     doorbell: OwnedFd,
     doorbell_armed: bool,
     accepting: bool,
+    /// All listeners listen, not only those that do so while the server loads.
+    serves_all: bool,
     open: usize,
     closed: u32,
 }
@@ -239,6 +242,7 @@ impl Net {
             doorbell,
             doorbell_armed: false,
             accepting: true,
+            serves_all: false,
             open: 0,
             closed: 0,
         })
@@ -313,12 +317,18 @@ impl Net {
         }
     }
 
-    /// Arms the listeners that are not, unless they rest.
+    /// All listeners listen from now on.
+    pub(super) fn serve_all(&mut self) {
+        self.serves_all = true;
+    }
+
+    /// Arms the listeners that are not, unless they rest or do not listen yet.
     pub(super) fn arm_listeners(&mut self, now_ns: u64) {
         for number in 0..self.listeners.len() {
             let listener = &mut self.listeners[number];
             let Some(socket) = &listener.socket else { continue };
-            if self.accepting && !listener.armed && now_ns >= listener.rest_until_ns {
+            let listens = self.serves_all || listens_while_loading(listener.protocol);
+            if self.accepting && listens && !listener.armed && now_ns >= listener.rest_until_ns {
                 listener.armed = true;
                 let entry = opcode::AcceptMulti::new(types::Fd(socket.as_raw_fd()))
                     .flags(libc::SOCK_CLOEXEC)

@@ -10,7 +10,7 @@ use super::gateway::Gateway;
 use super::memory::Watch;
 use super::mesh::{Handoff, Mesh};
 use super::net::{self, Accepted, Net};
-use super::{Shared, allocator, host};
+use super::{Shared, Starting, allocator, host};
 use crate::engine::Engine;
 use crate::model::{CoreId, UnixMillis};
 use crate::protocol;
@@ -136,6 +136,7 @@ pub(super) async fn run(
     shared: Arc<Shared>,
     mut clock: Clock,
     may_spin: bool,
+    starting: Starting,
 ) {
     let max_ns = if may_spin {
         u64::from(engine.config().spin_us) * 1000
@@ -145,6 +146,7 @@ pub(super) async fn run(
     let mut spin = Spin { max_ns, now_ns: max_ns };
     let mut facts_at_ns = 0;
     let mut tidier = Tidier::default();
+    let mut starting = Some(starting);
     let mut stopping: Option<Stopping> = None;
     let mut gateway = Gateway::new(engine, shared.clone());
     let cell = gateway.engine();
@@ -184,6 +186,17 @@ pub(super) async fn run(
             mesh.me().connections.fetch_sub(closed, Ordering::Relaxed);
         }
 
+        if let Some(start) = &mut starting
+            && stopping.is_none()
+        {
+            start.step(&mut engine);
+            if shared.ready.load(Ordering::Acquire) {
+                net.serve_all();
+                // It may sleep before the next turn.
+                net.arm_listeners(now_ns);
+                starting = None;
+            }
+        }
         if engine.stop_asked() && !shared.stop.load(Ordering::Relaxed) {
             shared.stop();
         }
@@ -209,7 +222,8 @@ pub(super) async fn run(
         glommio::yield_if_needed().await;
         let mut engine = cell.borrow_mut();
 
-        if is_quiet(&mut net, &mesh, &engine) {
+        let is_loading = starting.as_ref().is_some_and(Starting::is_loading);
+        if !is_loading && is_quiet(&mut net, &mesh, &engine) {
             let idle_since_ns = clock.now_ns();
             let mut quiet = true;
             while quiet && spin.now_ns > 0 && clock.now_ns() - idle_since_ns < spin.now_ns {
