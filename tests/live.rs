@@ -1,5 +1,7 @@
 //! What the page at `/` is told: JSON that a call brings, of several cores.
 
+#![allow(clippy::unwrap_used, reason = "in a test, the assertion")]
+
 mod support;
 
 use memkv::protocol::Protocol;

@@ -305,7 +305,7 @@ fn protobuf() {
     let refused = [
         (set(&[entry(b"key1", b"x")]), of_keys(1)),
         (set(&[entry(b"new", &large)]), of_keys(1)),
-        (set(&[absent.clone()]), of_keys(1)),
+        (set(std::slice::from_ref(&absent)), of_keys(1)),
         (set(&many), of_keys(KEYS)),
         (set(&[entry(b"key1", &large), entry(b"key2", &large)]), of_keys(2)),
         (set(&[absent, entry(b"key2", b"x")]), of_keys(2)),
@@ -395,7 +395,6 @@ fn calls() {
         call::push_transaction(&mut asked, &txn);
         let answer = call::read_txn_answer(ask(&asked));
         assert_eq!((answer.end, answer.answers.len()), (TxnEnd::ReadOnly, 0));
-        drop(ask);
         assert_eq!(refusals(&world), 5);
         assert!(contents(&mut world) == before);
     }

@@ -64,6 +64,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "budget",
             "config",
+            "encoding",
             "engine",
             "link",
             "model",

@@ -160,7 +160,7 @@ impl HotKeys {
         self.random ^= self.random << 17;
         // From 1 to twice the mean less 1, all alike.
         let choices = u64::from(2 * MEAN_GAP - 1);
-        self.gap = 1 + ((self.random >> 32) * choices >> 32) as u32;
+        self.gap = 1 + (((self.random >> 32) * choices) >> 32) as u32;
         self.weight = MEAN_GAP;
     }
 

@@ -247,7 +247,10 @@ const FAMILIES: &[Family] = &[
 ];
 
 /// Bytes of memory that cores charge, by kind. What each has charged beyond these is in transit.
-const MEMORY: &[(&str, fn(&Counters) -> u64)] = &[
+/// Reads one of the counters.
+type Counter = fn(&Counters) -> u64;
+
+const MEMORY: &[(&str, Counter)] = &[
     ("items", |c| c.item_resident_bytes),
     ("index", |c| c.index_bytes),
     ("order", |c| c.order_bytes),

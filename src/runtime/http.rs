@@ -235,8 +235,9 @@ impl Handler {
             return Err(loading().and_close());
         }
         if let Some(key) = path.strip_prefix("/keys/").or_else(|| path.strip_prefix("/key/")) {
-            let key = self.key(key)?;
-            let key: &[u8] = &key.into_owned();
+            // The request that it is a part of goes on.
+            let key = self.key(key)?.into_owned();
+            let key = key.as_slice();
             return match *request.method() {
                 Method::GET | Method::HEAD => self.get(key, request.headers()).await,
                 Method::PUT => self.put(key, request).await,

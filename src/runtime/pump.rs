@@ -151,100 +151,104 @@ pub(super) async fn run(
     let mut gateway = Gateway::new(engine, shared.clone());
     let cell = gateway.engine();
     loop {
-        let mut engine = cell.borrow_mut();
-        // What a wait has brought is served first; it has submitted all there was, too.
-        if !net.has_completed() {
-            net.turn();
+        let now_ns;
+        {
+            let mut engine = cell.borrow_mut();
+            // What a wait has brought is served first; it has submitted all there was, too.
+            if !net.has_completed() {
+                net.turn();
+            }
+            now_ns = clock.now_ns();
+            engine.begin_turn(now_ns, clock.wall_at(now_ns));
+            net.arm_listeners(now_ns);
+            mesh.receive(&mut engine, |engine, handoff| {
+                net.adopt(engine, handoff.socket, handoff.protocol);
+            });
+            net.dispatch(
+                &mut engine,
+                now_ns,
+                || clock.now_ns(),
+                |engine, net, accepted| {
+                    accept(engine, net, &mut mesh, &shared, accepted);
+                },
+            );
+            mesh.send(&mut engine);
+            net.look_after(&mut engine, &mut gateway);
         }
-        let now_ns = clock.now_ns();
-        engine.begin_turn(now_ns, clock.wall_at(now_ns));
-        net.arm_listeners(now_ns);
-        mesh.receive(&mut engine, |engine, handoff| {
-            net.adopt(engine, handoff.socket, handoff.protocol);
-        });
-        net.dispatch(
-            &mut engine,
-            now_ns,
-            || clock.now_ns(),
-            |engine, net, accepted| {
-                accept(engine, net, &mut mesh, &shared, accepted);
-            },
-        );
-        mesh.send(&mut engine);
-        net.look_after(&mut engine, &mut gateway);
-        drop(engine);
         while gateway.run() {
             let mut engine = cell.borrow_mut();
             mesh.send(&mut engine);
             net.look_after(&mut engine, &mut gateway);
         }
-        let mut engine = cell.borrow_mut();
-        engine.end_turn(clock.now_ns());
-        let closed = net.take_closed();
-        if closed > 0 {
-            shared.connections.fetch_sub(closed, Ordering::Relaxed);
-            mesh.me().connections.fetch_sub(closed, Ordering::Relaxed);
-        }
-
-        if let Some(start) = &mut starting
-            && stopping.is_none()
         {
-            start.step(&mut engine);
-            if shared.ready.load(Ordering::Acquire) {
-                net.serve_all();
-                // It may sleep before the next turn.
-                net.arm_listeners(now_ns);
-                starting = None;
+            let mut engine = cell.borrow_mut();
+            engine.end_turn(clock.now_ns());
+            let closed = net.take_closed();
+            if closed > 0 {
+                shared.connections.fetch_sub(closed, Ordering::Relaxed);
+                mesh.me().connections.fetch_sub(closed, Ordering::Relaxed);
             }
-        }
-        if engine.stop_asked() && !shared.stop.load(Ordering::Relaxed) {
-            shared.stop();
-        }
-        if stopping.is_none() && shared.stop.load(Ordering::Relaxed) {
-            net.stop_accepting();
-            stopping = Some(Stopping::new());
-        }
-        if let Some(stopping) = &mut stopping
-            && stopping.is_done(&mut engine, &mut net, &mut gateway, &shared)
-        {
-            break;
-        }
-        shared.memory.look(now_ns);
-        if shared.memory.asked() != tidier.asked {
-            tidier.asked(&shared.memory, &mut engine, &clock);
-        }
-        if now_ns >= facts_at_ns {
-            facts_at_ns = now_ns + PROCESS_FACTS_PERIOD_NS;
-            clock.follow_wall();
-            engine.set_process_facts(host::process_facts(shared.memory.resident_bytes()));
-        }
-        drop(engine);
-        glommio::yield_if_needed().await;
-        let mut engine = cell.borrow_mut();
 
-        let is_loading = starting.as_ref().is_some_and(Starting::is_loading);
-        if !is_loading && is_quiet(&mut net, &mesh, &engine) {
-            let idle_since_ns = clock.now_ns();
-            let mut quiet = true;
-            while quiet && spin.now_ns > 0 && clock.now_ns() - idle_since_ns < spin.now_ns {
-                net.turn();
-                quiet = is_quiet(&mut net, &mesh, &engine);
-            }
-            if quiet {
-                tidier.idle(&mut engine, now_ns);
-                mesh.fall_asleep();
-                if is_quiet(&mut net, &mesh, &engine) && stopping.is_none() {
-                    let background = engine.has_background_work().then_some(BACKGROUND_PERIOD);
-                    net.wait([background, gateway.sleep_max()].into_iter().flatten().min());
+            if let Some(start) = &mut starting
+                && stopping.is_none()
+            {
+                start.step(&mut engine);
+                if shared.ready.load(Ordering::Acquire) {
+                    net.serve_all();
+                    // It may sleep before the next turn.
+                    net.arm_listeners(now_ns);
+                    starting = None;
                 }
-                mesh.wake_up();
             }
-            let idle_ns = clock.now_ns() - idle_since_ns;
-            engine.metrics.counters.idle_ns += idle_ns;
-            if !quiet || idle_ns < 2 * spin.max_ns {
-                spin.paid();
-            } else {
-                spin.did_not_pay();
+            if engine.stop_asked() && !shared.stop.load(Ordering::Relaxed) {
+                shared.stop();
+            }
+            if stopping.is_none() && shared.stop.load(Ordering::Relaxed) {
+                net.stop_accepting();
+                stopping = Some(Stopping::new());
+            }
+            if let Some(stopping) = &mut stopping
+                && stopping.is_done(&mut engine, &mut net, &mut gateway, &shared)
+            {
+                break;
+            }
+            shared.memory.look(now_ns);
+            if shared.memory.asked() != tidier.asked {
+                tidier.asked(&shared.memory, &mut engine, &clock);
+            }
+            if now_ns >= facts_at_ns {
+                facts_at_ns = now_ns + PROCESS_FACTS_PERIOD_NS;
+                clock.follow_wall();
+                engine.set_process_facts(host::process_facts(shared.memory.resident_bytes()));
+            }
+        }
+        glommio::yield_if_needed().await;
+        {
+            let mut engine = cell.borrow_mut();
+            let is_loading = starting.as_ref().is_some_and(Starting::is_loading);
+            if !is_loading && is_quiet(&mut net, &mesh, &engine) {
+                let idle_since_ns = clock.now_ns();
+                let mut quiet = true;
+                while quiet && spin.now_ns > 0 && clock.now_ns() - idle_since_ns < spin.now_ns {
+                    net.turn();
+                    quiet = is_quiet(&mut net, &mesh, &engine);
+                }
+                if quiet {
+                    tidier.idle(&mut engine, now_ns);
+                    mesh.fall_asleep();
+                    if is_quiet(&mut net, &mesh, &engine) && stopping.is_none() {
+                        let background = engine.has_background_work().then_some(BACKGROUND_PERIOD);
+                        net.wait([background, gateway.sleep_max()].into_iter().flatten().min());
+                    }
+                    mesh.wake_up();
+                }
+                let idle_ns = clock.now_ns() - idle_since_ns;
+                engine.metrics.counters.idle_ns += idle_ns;
+                if !quiet || idle_ns < 2 * spin.max_ns {
+                    spin.paid();
+                } else {
+                    spin.did_not_pay();
+                }
             }
         }
     }
