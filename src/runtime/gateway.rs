@@ -228,6 +228,8 @@ async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawne
         .keep_alive_interval(KEEP_ALIVE_PERIOD)
         .keep_alive_timeout(KEEP_ALIVE_TIME_MAX)
         .max_concurrent_streams(STREAMS_MAX)
+        // A client may give up on all at once. One that begins and resets more is sent away.
+        .max_pending_accept_reset_streams(STREAMS_MAX as usize)
         .max_header_list_size(HEADER_LIST_BYTES_MAX)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)

@@ -75,7 +75,10 @@ async fn answer(calls: &Calls, request: Request<Incoming>) -> Response<Body> {
 /// Requests that are not gRPC are answered in the words of HTTP.
 fn refused_as_http(request: &Request<Incoming>) -> Option<Response<Body>> {
     let refuse = |status, reason: &'static str| {
-        let mut response = Response::new(Body::new(Full::from(reason)));
+        let mut response = Response::new(match *request.method() {
+            Method::HEAD => Body::empty(),
+            _ => Body::new(Full::from(reason)),
+        });
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

@@ -429,6 +429,20 @@ def test_grpc_memory_limit(cores):
         equal(service.delete(b"k0"), True)
 
 
+@on_cores(1, 2)
+def test_grpc_read_only(cores):
+    refused = grpc.StatusCode.FAILED_PRECONDITION
+    with Server(cores, "--read-only") as server, Service(server) as service:
+        for value in (b"v", bytes(100_000)):
+            fails(refused, service.put, b"k", value, naming="read-only")
+            fails(refused, service.batch_put, kv.Entry(key=b"k", value=value), kv.Entry(key=b"l"), naming="read-only")
+        fails(refused, service.delete, b"k", naming="read-only")
+        fails(refused, service.txn, success=[kv.Operation(get=b"k"), kv.Operation(delete=b"k")], naming="read-only")
+        equal(service.get(b"k"), MISSING)
+        equal(service.batch_get(b"k", b"l"), [MISSING] * 2)
+        equal(service.txn(success=[kv.Operation(get=b"k")]), (True, [kv.KeyResult(code=kv.CODE_NOT_FOUND)]))
+
+
 # --- calls ----------------------------------------------------------------------------------------
 
 
@@ -518,15 +532,19 @@ def test_grpc_asyncio(cores):
 @on_cores(1, 2)
 def test_grpc_cancelled_calls(cores):
     with Server(cores) as server, Service(server) as service:
-        for number in range(300):
-            future = service.stub.Put.future(kv.Entry(key=b"k%d" % number, value=bytes(number * 100)), timeout=SECONDS)
-            if number % 3:
-                future.cancel()
+        # not too many at once: more than a connection may have under way would look like a flood of resets
+        for first in range(0, 300, 60):
+            numbers = range(first, first + 60)
+            futures = {}
+            for number in numbers:
+                futures[number] = service.stub.Put.future(kv.Entry(key=b"k%d" % number, value=bytes(number * 100)), timeout=SECONDS)
+                if number % 3:
+                    futures[number].cancel()
+            equal([futures[number].result() for number in numbers if number % 3 == 0], [kv.PutResponse(created=True)] * 20)
         # done or not, but whole
         for number in range(300):
             answer = service.get(b"k%d" % number)
             equal(answer in (MISSING, found(bytes(number * 100))), True, f"key {number}")
-            equal(answer.found or number % 3 > 0, True, f"key {number}, whose call was not cancelled")
         alive(server)
 
 
@@ -803,7 +821,7 @@ def bears(server, abuse, mebibytes=128):
     peak = 0
     try:
         with Service(server) as service:
-            for number in range(100):
+            for number in range(25):
                 service.put(b"k%d" % number, b"%d" % number)
                 equal(service.get(b"k%d" % number), found(b"%d" % number))
                 peak = max(peak, server.rss())
