@@ -13,7 +13,7 @@ pub mod protobuf;
 use clap::Parser;
 use memkv::budget::Pool;
 use memkv::config::Config;
-use memkv::engine::Engine;
+use memkv::engine::{Engine, Notice};
 use memkv::link::Direction;
 use memkv::model::{CoreId, UnixMillis};
 use memkv::partition::RangeTable;
@@ -36,6 +36,8 @@ struct Wire {
     stalled: bool,
     /// The engine wants to read it.
     readable: bool,
+    /// There is no socket: requests are calls.
+    calls: bool,
 }
 
 pub struct World {
@@ -93,13 +95,20 @@ impl World {
         self.engines.iter().map(charged).sum()
     }
 
+    /// A connection; of a protocol that has handlers, a handler that makes calls.
     pub fn connect(&mut self, core: u16, protocol: Protocol) -> Client {
-        let id = self.engines[usize::from(core)].opened(protocol, "test".to_owned());
+        let engine = &mut self.engines[usize::from(core)];
+        let calls = protocol.has_handlers();
+        let id = match calls {
+            true => engine.open_call(protocol, None),
+            false => engine.opened(protocol, "test".to_owned()),
+        };
         let client = Client { core, id };
         self.wires.insert(
             client,
             Wire {
                 readable: true,
+                calls,
                 ..Wire::default()
             },
         );
@@ -121,8 +130,10 @@ impl World {
         let now = (self.now_ms - BEGAN_MS) * 1_000_000 + 1;
         let engine = &mut self.engines[usize::from(client.core)];
         engine.begin_turn(now, UnixMillis(self.now_ms));
-        if !self.wires[&client].closed {
-            engine.received(client.id, bytes);
+        match &self.wires[&client] {
+            Wire { closed: true, .. } => {}
+            Wire { calls: true, .. } => engine.call(client.id, bytes),
+            _ => engine.received(client.id, bytes),
         }
         engine.end_turn(now + 1000);
     }
@@ -235,6 +246,12 @@ impl World {
                 continue;
             }
             wire.readable = wants.read;
+            if wants.notice == Notice::Progress
+                && let Some(answer) = engine.take_answer(id)
+            {
+                wire.received.extend_from_slice(&answer.to_vec());
+                any = true;
+            }
             if wants.send && !wire.stalled {
                 let mut bytes = vec![];
                 for piece in engine.unsent(id) {
