@@ -12,7 +12,7 @@ use ahash::AHashMap;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
 use hot_keys::HotKey;
-use latency::Durations;
+use latency::{Durations, bucket_of};
 use operations::Operations;
 use slow_log::SlowRequest;
 
@@ -264,17 +264,23 @@ impl Metrics {
     #[inline]
     pub fn end_turn(&mut self, turn_began_ns: u64, now_ns: u64) {
         let turn_ns = now_ns - turn_began_ns;
-        self.turns.record(turn_ns, 1);
+        let mut bucket = bucket_of(turn_ns);
+        self.turns.record_in(bucket, turn_ns, 1);
         for (class, count) in self.local_answered.iter_mut().enumerate() {
             if *count > 0 {
                 self.local[class].saturating_record_n(turn_ns, u64::from(*count));
-                self.durations[0][class].record(turn_ns, u64::from(*count));
+                self.durations[0][class].record_in(bucket, turn_ns, u64::from(*count));
                 self.counters.requests += u64::from(*count);
                 *count = 0;
             }
         }
+        // Most of what is answered in a turn came in the same.
+        let mut before_ns = turn_ns;
         for answered in self.later_answered.drain(..) {
             let latency_ns = now_ns.saturating_sub(answered.arrived_ns);
+            if latency_ns != before_ns {
+                (before_ns, bucket) = (latency_ns, bucket_of(latency_ns));
+            }
             let histograms = if answered.forwarded {
                 &mut self.forwarded
             } else {
@@ -282,7 +288,7 @@ impl Metrics {
             };
             let (class, count) = (answered.class as usize, u64::from(answered.count));
             histograms[class].saturating_record_n(latency_ns, count);
-            self.durations[usize::from(answered.forwarded)][class].record(latency_ns, count);
+            self.durations[usize::from(answered.forwarded)][class].record_in(bucket, latency_ns, count);
             self.counters.requests += count;
         }
     }

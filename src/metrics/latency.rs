@@ -29,6 +29,12 @@ pub struct Durations {
     sum_ns: u64,
 }
 
+/// The bucket that a duration falls into.
+#[inline]
+pub(super) fn bucket_of(ns: u64) -> usize {
+    BOUNDS_NS.partition_point(|bound| *bound < ns)
+}
+
 impl Default for Durations {
     fn default() -> Self {
         Self {
@@ -42,7 +48,13 @@ impl Durations {
     /// Records `count` durations of `ns` nanoseconds.
     #[inline]
     pub fn record(&mut self, ns: u64, count: u64) {
-        self.counts[BOUNDS_NS.partition_point(|bound| *bound < ns)] += count;
+        self.record_in(bucket_of(ns), ns, count);
+    }
+
+    /// The same where the bucket is known.
+    #[inline]
+    pub(super) fn record_in(&mut self, bucket: usize, ns: u64, count: u64) {
+        self.counts[bucket] += count;
         self.sum_ns += ns * count;
     }
 
