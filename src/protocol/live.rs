@@ -13,8 +13,8 @@ use serde::Serialize;
 /// More ranges are told by core: a strip that is drawn on a screen shows no more.
 const RANGES_MAX: usize = 256;
 /// Of the cores' hottest keys and slow requests together, so many are told: more than this nobody reads while they change.
-const HOT_KEYS_MAX: usize = 16;
-const SLOW_REQUESTS_MAX: usize = 16;
+const HOT_KEYS_MAX: usize = 12;
+const SLOW_REQUESTS_MAX: usize = 12;
 /// So much of a long key is told.
 const KEY_BYTES_MAX: usize = 160;
 

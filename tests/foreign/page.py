@@ -73,21 +73,21 @@ def url(server):
 
 
 @contextlib.contextmanager
-def load(server, keys, clients=1, batch=200):
-    """Clients that ask for the keys, each as often as its weight, and now and then write one."""
+def load(address, keys, clients=1, batch=200, writes=0.1):
+    """Clients that ask for the keys, each as often as its weight, and now and then write one (of memcached, if any)."""
     ending, failed = threading.Event(), []
     names, weights = list(keys), list(keys.values())
 
     def client(seed):
         try:
             numbers = random.Random(seed)
-            with Raw(server.memcached) as raw:
+            with Raw(address) as raw:
                 while not ending.is_set():
                     chosen = numbers.choices(names, weights, k=batch)
-                    commands = [b"get %s\r\n" % key if numbers.random() < 0.9 else b"set %s 0 0 5\r\nvalue\r\n" % key for key in chosen]
-                    raw.send(b"".join(commands) + b"mn\r\n")
+                    commands = [b"set %s 0 0 5\r\nvalue\r\n" % key if numbers.random() < writes else b"get %s\r\n" % key for key in chosen]
+                    raw.send(b"".join(commands))
                     answer = b""
-                    while not answer.endswith(b"MN\r\n"):
+                    while answer.count(b"END\r\n") + answer.count(b"STORED\r\n") < batch:
                         piece = raw.socket.recv(1 << 18)
                         if not piece:
                             raise AssertionError("the server closes the connection")
@@ -138,7 +138,7 @@ def test_page_shows_what_happens():
         equal(tile(driver, "Items"), "0", "items")
         fill(server, 1000)
         until(lambda: tile(driver, "Items") == "1.00 k", "the items are counted")
-        with load(server, {hot: 5, markup: 3, **{b"user:%d" % n: 0.01 for n in range(1000)}}):
+        with load(server.memcached, {hot: 5, markup: 3, **{b"user:%d" % n: 0.01 for n in range(1000)}}):
             until(lambda: tile(driver, "Requests/s").endswith(" k"), "thousands of requests are counted")
             until(lambda: shows(driver, "#operations td", "memcached"), "the protocol is listed")
             until(lambda: shows(driver, "#hot .key", hot.decode()), "the hot key is listed")
@@ -182,7 +182,7 @@ def test_page_survives_a_restart():
         driver = stack.enter_context(browser(url(server)))
         driver.execute_script("window.sameDocument = true")
         chart = "return document.querySelector('#rate path.line')?.getAttribute('d') ?? ''"
-        with load(server, {b"before": 1}):
+        with load(server.memcached, {b"before": 1}):
             until(lambda: shows(driver, "#operations td", "memcached"), "requests are shown")
             until(lambda: driver.execute_script(chart).startswith("M"), "a line is drawn")
         server.stop()
@@ -233,7 +233,7 @@ def test_page_on_a_phone_and_in_the_dark():
     # Names as long as they may be, with and without places to break a line.
     long = {b"y" * 250: 3, b"a:" * 125: 2, b"short": 1}
     with Server(2, "--slow-log-threshold", "5ms") as server, browser(url(server), PHONE) as driver:
-        with load(server, long):
+        with load(server.memcached, long):
             until(lambda: shows(driver, "#hot .key", "yyyy") and shows(driver, "#hot .key", "a:a:"), "long keys are listed")
         # Not before the load is over: on a busy machine it may fill the list.
         be_slow(server, b"z" * 250)
@@ -260,17 +260,21 @@ def test_page_on_a_phone_and_in_the_dark():
 
 def picture(path):
     """Takes the picture of the page, after it has watched two minutes of load."""
-    with Server(2, "--max-memory", "256m", "--slow-log-threshold", "5ms") as server, browser(url(server)) as driver:
+    with Server(2, "--max-memory", "64m") as server, browser(url(server)) as driver, contextlib.ExitStack() as clients:
         fill(server, 200_000)
-        keys = {b"user:%d" % n: 10 / (n + 10) for n in range(0, 200_000, 40)} | {b"session:%d" % n: 2 for n in range(5)} | {b"missing:%d" % n: 0.1 for n in range(40)}
-        with load(server, keys, clients=4):
-            for _ in range(4):
-                time.sleep(30)
-                be_slow(server, b"report:today")
-            height = driver.execute_script("return document.documentElement.scrollHeight")
-            resize(driver, (DESKTOP[0], height))
-            time.sleep(2)
-            pathlib.Path(path).write_bytes(driver.get_screenshot_as_png())
+        users = {b"user:%d" % n: 10 / (n + 10) for n in range(0, 200_000, 40)}
+        sessions = {b"session:%d" % n: 3 / (n + 1) for n in range(6)}
+        missing = {b"missing:%d" % n: 0.05 for n in range(40)}
+        clients.enter_context(load(server.memcached, users | sessions, clients=4, batch=50))
+        clients.enter_context(load(server.memcached, users | missing, batch=20, writes=0))
+        clients.enter_context(load(server.text, users, batch=20, writes=0))
+        for _ in range(4):
+            time.sleep(30)
+            be_slow(server, b"report:today")
+        height = driver.execute_script("return document.documentElement.scrollHeight")
+        resize(driver, (DESKTOP[0], height))
+        time.sleep(2)
+        pathlib.Path(path).write_bytes(driver.get_screenshot_as_png())
 
 
 if __name__ == "__main__":

@@ -464,9 +464,9 @@
       `${age(Math.max(0, (report.now_ms - slow.at_ms) / 1000))} ago`,
       `${slow.protocol} ${slow.command}${slow.requests > 1 ? ` ×${slow.requests}` : ''}`,
       key(slow.key),
-      micros(total(slow)),
-      meter(STAGES.map((stage) => [stage, slow[`${stage}_us`] / most, `${stage}: ${micros(slow[`${stage}_us`])}`])),
-      ...STAGES.map((stage) => micros(slow[`${stage}_us`])),
+      round(micros(total(slow))),
+      meter(STAGES.map((stage) => [stage, slow[`${stage}_us`] / most, `${stage}: ${round(micros(slow[`${stage}_us`]))}`])),
+      ...STAGES.map((stage) => round(micros(slow[`${stage}_us`]))),
       slow.client,
       slow.core,
     ]));
