@@ -9,7 +9,7 @@
 //! of the operations. When a condition does not hold, nothing is done, and the status is 412.
 
 use super::conditions::{failed, tag, version_of};
-use super::{Body, Handler, JSON, Problem, Result, TextualValue, collect, json, no_memory, read_only};
+use super::{Body, Handler, JSON, Problem, Result, TextualValue, json, no_memory, read_only};
 use crate::model::{Check, Command, Condition, Deadline, Delete, Op, Put, Transaction, TxnEnd, UnixMillis, Value};
 use crate::protocol::call::{Answer, Outcome};
 use base64::Engine as _;
@@ -106,7 +106,7 @@ impl Handler {
         if body.size_hint().lower() > most as u64 {
             return Err(super::too_large(body.size_hint().lower() as usize, most));
         }
-        let body = collect(&mut body, most).await?;
+        let body = self.collect(&mut body, most).await?;
         let batch: Batch =
             serde_json::from_slice(&body).map_err(|error| Problem::bad(format!("the batch is malformed: {error}")))?;
         drop(body);
