@@ -211,8 +211,9 @@ async fn serve_http(handlers: Rc<Handlers>, socket: Socket) {
         .timer(CoarseTimer)
         .header_read_timeout((!patience.is_zero()).then_some(patience))
         .max_buf_size(HEAD_BYTES_MAX)
+        // Not pipeline_flush: with it, hyper holds all answers to the requests that it has read, which are many large values for a
+        // few bytes each. Without it flushing costs nothing here.
         .half_close(true)
-        .pipeline_flush(true)
         .serve_connection(socket, http::Service::new(calls));
     // Not pinned to the stack: hyper's buffers are not needed while the connection lingers.
     let mut connection = Box::pin(connection);

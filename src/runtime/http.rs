@@ -53,6 +53,9 @@ const EVENT_STREAMS_MAX: usize = 32;
 /// Bytes of headers of one request. Far more, and hyper refuses them before they come here.
 const HEADERS_BYTES_MAX: usize = 16 * 1024;
 
+/// Digits of a ttl. More milliseconds than that are longer than anything lasts.
+const TTL_DIGITS_MAX: usize = 12;
+
 const JSON: &str = "application/json";
 const PROBLEM: &str = "application/problem+json";
 
@@ -405,6 +408,8 @@ impl Handler {
             let mut response = respond(StatusCode::OK, "application/octet-stream", item.value.clone());
             let headers = response.headers_mut();
             headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+            // hyper would say nothing of an empty value's length to HEAD.
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(item.value.len()));
             if item.flags != 0 {
                 headers.insert("memkv-flags", HeaderValue::from(item.flags));
             }
@@ -645,9 +650,13 @@ impl Wish {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             match name {
                 "ttl" => {
-                    let ttl = parse_duration(value).ok().filter(|ttl| !ttl.is_zero());
+                    let digits = value.trim_end_matches(|unit: char| unit.is_ascii_lowercase());
+                    let is_whole = digits.len() <= TTL_DIGITS_MAX && digits.bytes().all(|byte| byte.is_ascii_digit());
+                    let ttl = parse_duration(value)
+                        .ok()
+                        .filter(|ttl| is_whole && !ttl.is_zero());
                     let ttl = ttl.ok_or_else(|| {
-                        Problem::bad("ttl is a duration of more than nothing: 60, 500ms, 30s, 5m or 1h")
+                        Problem::bad("ttl is a whole number of more than nothing, in seconds or with a unit: 60, 500ms, 30s, 5m, 1h")
                     })?;
                     let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
                     wish.deadline = Deadline::At(UnixMillis(now.0.saturating_add(ttl_ms)));
