@@ -281,6 +281,11 @@ pub struct Limits {
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_duration)]
     pub idle_timeout: Duration,
 
+    /// An HTTP client that takes longer than this from one request's end to the end of the next one's headers is let go, and so
+    /// is one that sends nothing of a request's body for as long. 0: never.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub http_timeout: Duration,
+
     /// A connection that takes none of its waiting replies for this long is closed. 0: never.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub write_timeout: Duration,

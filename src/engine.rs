@@ -52,6 +52,8 @@ pub struct Wants {
     pub close: bool,
     /// It is to be read.
     pub read: bool,
+    /// The client is to be told that nothing more will be sent, now that all is. Reading goes on. Said once.
+    pub shut: bool,
     /// What its handler is to be told, when it has one.
     pub notice: Notice,
 }
@@ -59,6 +61,7 @@ pub struct Wants {
 impl Wants {
     const NOTHING: Self = Self {
         send: false,
+        shut: false,
         close: false,
         read: false,
         notice: Notice::Nothing,
@@ -987,12 +990,15 @@ impl Engine {
                 ..Wants::NOTHING
             };
         }
+        let shut = session.shuts && session.output.is_empty();
+        session.shuts &= !shut;
         session.paused = session.closing
             || session.ended
             || (session.blocked != Blocked::No || session.end == End::Handled)
                 && session.input.len() as u64 >= self.config.limits.input_bytes_max.0;
         Wants {
             send: session.sends_now(),
+            shut,
             close: false,
             read: !session.paused,
             notice,

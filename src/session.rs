@@ -125,6 +125,8 @@ pub(crate) struct Session {
     pub(crate) notice: Notice,
     /// That handler waits for room in the output.
     pub(crate) wants_room: bool,
+    /// That handler has said all: the client is to be told when it is sent.
+    pub(crate) shuts: bool,
     pub(crate) output: Output,
     replies: Replies,
     /// What it sent and is under way.
@@ -170,6 +172,7 @@ impl Session {
             end: End::Client,
             notice: Notice::Nothing,
             wants_room: false,
+            shuts: false,
             output: Output::default(),
             replies: Replies::default(),
             pieces: Pieces::default(),

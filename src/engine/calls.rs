@@ -98,6 +98,15 @@ impl Engine {
         Written::Taken(taken)
     }
 
+    /// Nothing more will be written to a handled connection, which stays open: its client is told so when what was written is
+    /// sent.
+    pub fn shut(&mut self, id: u32) {
+        if let Some(mut session) = self.sessions.take(id) {
+            session.shuts = true;
+            self.put_back(id, session);
+        }
+    }
+
     /// Closes a handled connection when what was written is sent.
     pub fn finish(&mut self, id: u32) {
         if let Some(mut session) = self.sessions.take(id) {

@@ -17,7 +17,7 @@ use hyper::server::conn::{http1, http2};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -25,10 +25,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-/// A client that takes longer than this from one request's end to the next one's headers is let go.
-const HEADERS_TIME_MAX: Duration = Duration::from_secs(30);
 /// The most bytes of a request's line and headers.
 pub(super) const HEAD_BYTES_MAX: usize = 64 * 1024;
+/// What a client still sends to a connection on which all is said is read and dropped for so long, and so many bytes. To close
+/// at once would take from it the answer that it has not read yet: a socket that is closed with unread bytes resets the
+/// connection.
+const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
+const LINGER_BYTES_MAX: usize = 256 << 20;
+/// hyper's own refusals are shorter.
+const REFUSAL_BYTES_MAX: usize = 256;
 
 /// A gRPC client that says nothing for so long is asked whether it is there, and let go if it does not say so in time.
 const KEEP_ALIVE_PERIOD: Duration = Duration::from_secs(60);
@@ -152,11 +157,14 @@ impl Gateway {
             }
             connections[id as usize] = Some(open.clone());
         }
-        let socket = Socket {
+        let socket = Socket(Rc::new(Line {
             handlers: self.handlers.clone(),
             id,
             open,
-        };
+            lingers: protocol == Protocol::Http,
+            said_all: Cell::new(false),
+            last: RefCell::default(),
+        }));
         let handlers = self.handlers.clone();
         let begun = match protocol {
             Protocol::Grpc => self
@@ -196,24 +204,41 @@ impl Gateway {
 
 /// Serves one HTTP connection.
 async fn serve_http(handlers: Rc<Handlers>, socket: Socket) {
-    let service = http::Service::new(Calls::new(handlers.clone(), Protocol::Http));
+    let line = socket.0.clone();
+    let calls = Calls::new(handlers.clone(), Protocol::Http);
+    let patience = calls.config().limits.http_timeout;
     let connection = http1::Builder::new()
         .timer(CoarseTimer)
-        .header_read_timeout(HEADERS_TIME_MAX)
+        .header_read_timeout((!patience.is_zero()).then_some(patience))
         .max_buf_size(HEAD_BYTES_MAX)
+        // Not pipeline_flush: with it, hyper holds all answers to the requests that it has read, which are many large values for a
+        // few bytes each. Without it flushing costs nothing here.
         .half_close(true)
-        .pipeline_flush(true)
-        .serve_connection(socket, service);
-    let mut connection = pin!(connection);
+        .serve_connection(socket, http::Service::new(calls));
+    // Not pinned to the stack: hyper's buffers are not needed while the connection lingers.
+    let mut connection = Box::pin(connection);
     let mut told = false;
-    // What a client did wrong it was told, where it could be; a broken connection is not news.
-    let _ = std::future::poll_fn(|context| {
+    let end = poll_fn(|context| {
         if handlers.is_stopping() && !std::mem::replace(&mut told, true) {
             connection.as_mut().graceful_shutdown();
         }
-        connection.as_mut().poll(context)
+        let end = connection.as_mut().poll(context);
+        if end.is_pending() {
+            // It was no refusal, or hyper would have ended.
+            let _ = line.write_last(context);
+        }
+        end
     })
     .await;
+    drop(connection);
+    // What a client did wrong it was told, where it could be; a broken connection is not news.
+    if end.is_err_and(|error| error.is_parse()) {
+        line.explain();
+    }
+    poll_fn(|context| line.write_last(context)).await;
+    if line.said_all.get() {
+        line.linger().await;
+    }
 }
 
 /// Serves one gRPC connection.
@@ -237,7 +262,7 @@ async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawne
         .serve_connection(socket, service);
     let mut connection = pin!(connection);
     let mut told = false;
-    let _ = std::future::poll_fn(|context| {
+    let _ = poll_fn(|context| {
         if handlers.is_stopping() && !std::mem::replace(&mut told, true) {
             connection.as_mut().graceful_shutdown();
         }
@@ -246,27 +271,84 @@ async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawne
     .await;
 }
 
-/// A connection's bytes, as hyper reads and writes them. Dropping it closes the connection when all that was written is sent.
-struct Socket {
+/// A connection. Dropping it closes the connection when all that was written is sent.
+struct Line {
     handlers: Rc<Handlers>,
     id: u32,
     /// The number still names this connection.
     open: Rc<Cell<bool>>,
+    /// When all is said, the client is heard for a while: see [`LINGER_TIME_MAX`].
+    lingers: bool,
+    /// hyper writes nothing more.
+    said_all: Cell<bool>,
+    /// The end of what hyper wrote, while it may be a refusal of its own. Those have no body; see [`Line::explain`].
+    last: RefCell<Vec<u8>>,
 }
+
+/// A connection's bytes, as hyper reads and writes them.
+struct Socket(Rc<Line>);
 
 fn broken() -> io::Error {
     io::ErrorKind::ConnectionReset.into()
 }
 
-impl Socket {
+/// Where a refusal of hyper's own may begin, of which `written` is the end: only how hyper ends tells whether it is one.
+fn refusal_at(written: &[u8]) -> Option<usize> {
+    if !written.ends_with(b"\r\n\r\n") {
+        return None;
+    }
+    let end = written.len().saturating_sub(REFUSAL_BYTES_MAX);
+    let at = end + memchr::memmem::rfind(&written[end..], b"HTTP/1.")?;
+    memchr::memmem::find(&written[at..], http::NO_BODY.as_bytes()).map(|_| at)
+}
+
+impl Line {
     fn with_engine<R>(&self, act: impl FnOnce(&mut Engine) -> R) -> Option<R> {
         self.open.get().then(|| act(&mut self.handlers.engine.borrow_mut()))
     }
 
+    fn read(&self, context: &Context<'_>, most: usize, take: impl FnOnce(&[u8])) -> Poll<Read> {
+        let read = self.with_engine(|engine| engine.read(self.id, most, take));
+        let read = read.unwrap_or(Read::Failed);
+        if read == Read::Nothing {
+            self.handlers.wake_on(self.id, context);
+            return Poll::Pending;
+        }
+        Poll::Ready(read)
+    }
+
     fn write(&self, context: &Context<'_>, pieces: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if self.write_last(context).is_pending() {
+            return Poll::Pending;
+        }
+        let last = pieces.iter().rfind(|piece| !piece.is_empty());
+        let Some((last, at)) = last
+            .filter(|_| self.lingers)
+            .and_then(|last| Some((last, refusal_at(last)?)))
+        else {
+            return self.write_now(context, pieces.iter().map(|piece| &**piece));
+        };
+        // All but that, and then it is kept.
+        let held = &last[at..];
+        let before = pieces.iter().map(|piece| match std::ptr::eq(piece, last) {
+            true => &last[..at],
+            false => &**piece,
+        });
+        let bytes = before.clone().map(<[u8]>::len).sum::<usize>();
+        if bytes > 0 {
+            let written = self.write_now(context, before);
+            if !matches!(written, Poll::Ready(Ok(taken)) if taken == bytes) {
+                return written;
+            }
+        }
+        self.last.borrow_mut().extend_from_slice(held);
+        Poll::Ready(Ok(bytes + held.len()))
+    }
+
+    fn write_now<'a>(&self, context: &Context<'_>, pieces: impl Iterator<Item = &'a [u8]>) -> Poll<io::Result<usize>> {
         let written = self.with_engine(|engine| {
             let mut taken = 0;
-            for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
+            for piece in pieces.filter(|piece| !piece.is_empty()) {
                 match engine.write(self.id, piece) {
                     Written::Taken(bytes) => {
                         taken += bytes;
@@ -289,26 +371,72 @@ impl Socket {
             Written::Failed => Poll::Ready(Err(broken())),
         }
     }
+
+    /// Writes what was kept.
+    fn write_last(&self, context: &Context<'_>) -> Poll<()> {
+        let mut last = self.last.borrow_mut();
+        while !last.is_empty() {
+            match self.write_now(context, std::iter::once(last.as_slice())) {
+                Poll::Ready(Ok(taken)) => drop(last.drain(..taken)),
+                // Whoever reads or writes next sees that it broke.
+                Poll::Ready(Err(_)) => last.clear(),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// hyper has refused what was no request: what it wrote last gets a body that says so.
+    fn explain(&self) {
+        let mut last = self.last.borrow_mut();
+        if let Some(explained) = http::explain(&last) {
+            *last = explained;
+        }
+    }
+
+    /// Tells the client that all is said, and drops what it still sends.
+    async fn linger(&self) {
+        self.with_engine(|engine| engine.shut(self.id));
+        let mut time = pin!(sleep(LINGER_TIME_MAX));
+        let mut dropped = 0;
+        poll_fn(|context| {
+            if self.handlers.is_stopping() || time.as_mut().poll(context).is_ready() {
+                return Poll::Ready(());
+            }
+            while dropped < LINGER_BYTES_MAX {
+                match self.read(context, usize::MAX, |bytes| dropped += bytes.len()) {
+                    Poll::Ready(Read::Taken) => {}
+                    Poll::Ready(_) => break,
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.with_engine(|engine| engine.finish(self.id));
+    }
 }
 
 impl hyper::rt::Read for Socket {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, mut into: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
         let room = into.remaining();
-        let read = self.with_engine(|engine| engine.read(self.id, room, |bytes| into.put_slice(bytes)));
-        match read.unwrap_or(Read::Failed) {
-            Read::Taken | Read::End => Poll::Ready(Ok(())),
-            Read::Nothing => {
-                self.handlers.wake_on(self.id, context);
-                Poll::Pending
-            }
-            Read::Failed => Poll::Ready(Err(broken())),
-        }
+        self.0
+            .read(context, room, |bytes| into.put_slice(bytes))
+            .map(|read| match read {
+                Read::Failed => Err(broken()),
+                _ => Ok(()),
+            })
     }
 }
 
 impl hyper::rt::Write for Socket {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.write(context, &[io::IoSlice::new(bytes)])
+        self.0.write(context, &[io::IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -316,7 +444,7 @@ impl hyper::rt::Write for Socket {
         context: &mut Context<'_>,
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.write(context, pieces)
+        self.0.write(context, pieces)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -329,14 +457,11 @@ impl hyper::rt::Write for Socket {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.with_engine(|engine| engine.finish(self.id));
+        self.0.said_all.set(true);
+        if !self.0.lingers {
+            self.0.with_engine(|engine| engine.finish(self.0.id));
+        }
         Poll::Ready(Ok(()))
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        self.with_engine(|engine| engine.finish(self.id));
     }
 }
 

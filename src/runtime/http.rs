@@ -44,14 +44,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// A body that stands still for this long is given up.
-const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+/// Longer than anybody waits.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// How often the page is told.
 const EVENT_PERIOD: Duration = Duration::from_secs(1);
 /// Pages that one core tells.
 const EVENT_STREAMS_MAX: usize = 32;
 /// Bytes of headers of one request. Far more, and hyper refuses them before they come here.
 const HEADERS_BYTES_MAX: usize = 16 * 1024;
+
+/// Digits of a ttl. More milliseconds than that are longer than anything lasts.
+const TTL_DIGITS_MAX: usize = 12;
 
 const JSON: &str = "application/json";
 const PROBLEM: &str = "application/problem+json";
@@ -110,7 +113,8 @@ impl Problem {
         Self { close: true, ..self }
     }
 
-    fn into_response(self) -> Response<Body> {
+    /// The problem document.
+    fn document(&self) -> Vec<u8> {
         #[derive(Serialize)]
         struct Document<'a> {
             r#type: &'static str,
@@ -124,9 +128,13 @@ impl Problem {
             status: self.status.as_u16(),
             detail: &self.detail,
         };
-        let mut response = json(self.status, &document);
+        // Its keys are strings, so this cannot fail.
+        serde_json::to_vec(&document).unwrap_or_default()
+    }
+
+    fn into_response(self) -> Response<Body> {
+        let mut response = respond(self.status, PROBLEM, self.document().into());
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM));
         if !self.allow.is_empty() {
             headers.insert(header::ALLOW, HeaderValue::from_static(self.allow));
         }
@@ -138,6 +146,23 @@ impl Problem {
 }
 
 type Result<T> = std::result::Result<T, Problem>;
+
+/// Completes a refusal that hyper wrote by itself: a head without a body, of a request that it could not read.
+pub(super) fn explain(head: &[u8]) -> Option<Vec<u8>> {
+    let head = std::str::from_utf8(head).ok()?;
+    let status: StatusCode = head.split(' ').nth(1)?.parse().ok()?;
+    let detail = match status {
+        StatusCode::URI_TOO_LONG => "the target of the request is too long",
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the request has too many headers, or too many bytes of them",
+        _ => "this is no HTTP request, or its headers are malformed",
+    };
+    let document = Problem::new(status, detail).document();
+    let length = format!("content-type: {PROBLEM}\r\ncontent-length: {}\r\n", document.len());
+    Some([head.replacen(NO_BODY, &length, 1).as_bytes(), &document].concat())
+}
+
+/// How such a head says that there is no body.
+pub(super) const NO_BODY: &str = "content-length: 0\r\n";
 
 /// A response's body.
 pub(super) enum Body {
@@ -384,6 +409,8 @@ impl Handler {
             let mut response = respond(StatusCode::OK, "application/octet-stream", item.value.clone());
             let headers = response.headers_mut();
             headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+            // hyper would say nothing of an empty value's length to HEAD.
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(item.value.len()));
             if item.flags != 0 {
                 headers.insert("memkv-flags", HeaderValue::from(item.flags));
             }
@@ -436,14 +463,14 @@ impl Handler {
                     if let Some(answer) = upload.refused() {
                         return Err(refused(&answer).and_close());
                     }
-                    while let Some(piece) = next_piece(&mut body).await? {
+                    while let Some(piece) = self.next_piece(&mut body).await? {
                         upload.send(&piece);
                     }
                     upload.finish().await
                 }
                 _ => {
                     if collected.is_none() {
-                        collected = Some(collect(&mut body, most).await?);
+                        collected = Some(self.collect(&mut body, most).await?);
                     }
                     let value = collected.as_deref().unwrap_or_default();
                     self.write(key, put, value).await
@@ -563,6 +590,51 @@ impl Handler {
     }
 }
 
+/// Reading what a client sends.
+impl Handler {
+    /// The next piece of a request's body. An error: it broke off, or stands still.
+    async fn next_piece(&self, body: &mut Incoming) -> Result<Option<Bytes>> {
+        loop {
+            let patience = match self.config.limits.http_timeout {
+                Duration::ZERO => FOR_EVER,
+                limit => limit,
+            };
+            let frame = match select(body.frame(), sleep(patience)).await {
+                Either::Left((frame, _)) => frame,
+                Either::Right(_) => {
+                    let detail = "the body did not come in time";
+                    return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, detail).and_close());
+                }
+            };
+            match frame {
+                None => return Ok(None),
+                Some(Err(_)) => return Err(Problem::bad("the body broke off, or is malformed").and_close()),
+                // Trailers say nothing that is of use here.
+                Some(Ok(frame)) => {
+                    if let Ok(piece) = frame.into_data() {
+                        return Ok(Some(piece));
+                    }
+                }
+            }
+        }
+    }
+
+    /// All of a body.
+    async fn collect(&self, body: &mut Incoming, most: usize) -> Result<Vec<u8>> {
+        let mut whole = vec![];
+        while let Some(piece) = self.next_piece(body).await? {
+            if whole.len() + piece.len() > most {
+                return Err(too_large(whole.len() + piece.len(), most));
+            }
+            if whole.try_reserve(piece.len()).is_err() {
+                return Err(no_memory().and_close());
+            }
+            whole.extend_from_slice(&piece);
+        }
+        Ok(whole)
+    }
+}
+
 /// What the query of a write says of its item.
 struct Wish {
     deadline: Deadline,
@@ -579,9 +651,13 @@ impl Wish {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             match name {
                 "ttl" => {
-                    let ttl = parse_duration(value).ok().filter(|ttl| !ttl.is_zero());
+                    let digits = value.trim_end_matches(|unit: char| unit.is_ascii_lowercase());
+                    let is_whole = digits.len() <= TTL_DIGITS_MAX && digits.bytes().all(|byte| byte.is_ascii_digit());
+                    let ttl = parse_duration(value)
+                        .ok()
+                        .filter(|ttl| is_whole && !ttl.is_zero());
                     let ttl = ttl.ok_or_else(|| {
-                        Problem::bad("ttl is a duration of more than nothing: 60, 500ms, 30s, 5m or 1h")
+                        Problem::bad("ttl is a whole number of more than nothing, in seconds or with a unit: 60, 500ms, 30s, 5m, 1h")
                     })?;
                     let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
                     wish.deadline = Deadline::At(UnixMillis(now.0.saturating_add(ttl_ms)));
@@ -725,44 +801,6 @@ fn accepts(headers: &HeaderMap, media_type: &str) -> bool {
         }
     }
     best.1
-}
-
-/// The next piece of a request's body. An error: it broke off, or stands still.
-async fn next_piece(body: &mut Incoming) -> Result<Option<Bytes>> {
-    loop {
-        let frame = match select(body.frame(), sleep(BODY_TIME_MAX)).await {
-            Either::Left((frame, _)) => frame,
-            Either::Right(_) => {
-                let detail = "the body did not come in time";
-                return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, detail).and_close());
-            }
-        };
-        match frame {
-            None => return Ok(None),
-            Some(Err(_)) => return Err(Problem::bad("the body broke off, or is malformed").and_close()),
-            // Trailers say nothing that is of use here.
-            Some(Ok(frame)) => {
-                if let Ok(piece) = frame.into_data() {
-                    return Ok(Some(piece));
-                }
-            }
-        }
-    }
-}
-
-/// All of a body.
-async fn collect(body: &mut Incoming, most: usize) -> Result<Vec<u8>> {
-    let mut whole = vec![];
-    while let Some(piece) = next_piece(body).await? {
-        if whole.len() + piece.len() > most {
-            return Err(too_large(whole.len() + piece.len(), most));
-        }
-        if whole.try_reserve(piece.len()).is_err() {
-            return Err(no_memory().and_close());
-        }
-        whole.extend_from_slice(&piece);
-    }
-    Ok(whole)
 }
 
 thread_local! {

@@ -495,6 +495,12 @@ impl Net {
                 self.close(engine, number);
                 continue;
             }
+            if wants.shut
+                && let Some(socket) = &connection.socket
+            {
+                // SAFETY: an open socket; no pointers.
+                unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) };
+            }
             if wants.send && !connection.sending {
                 self.send(engine, number);
             }

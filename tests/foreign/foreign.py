@@ -3,7 +3,8 @@
 Started by `run`, which installs what is needed and sets MEMKV_TPC. A test is a
 function whose name begins with test_; it fails by raising. The golden
 transcripts come first, many at a time, so that their sleeps overlap; then the
-tests here, of the text protocols, and those in protobuf.py, json_line.py, memory.py, metrics.py, grpc_service.py and page.py.
+tests here, of the text protocols, and those in protobuf.py, json_line.py, memory.py, metrics.py,
+grpc_service.py, http_api.py and page.py.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ import time
 from pymemcache.exceptions import MemcacheClientError, MemcacheServerError
 
 import grpc_service
+import http_api
 import json_line
 import memory
 import metrics
@@ -651,7 +653,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16, hard))
     wanted = sys.argv[1:]
     chosen = lambda name: not wanted or any(word in name for word in wanted)
-    modules = (sys.modules[__name__], protobuf, json_line, memory, metrics, grpc_service, page)
+    modules = (sys.modules[__name__], protobuf, json_line, memory, metrics, grpc_service, http_api, page)
     tests = [test for module in modules for test in tests_of(module)]
     results = []
     # Those that sleep longest start first.

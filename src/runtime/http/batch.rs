@@ -9,14 +9,15 @@
 //! of the operations. When a condition does not hold, nothing is done, and the status is 412.
 
 use super::conditions::{failed, tag, version_of};
-use super::{Body, Handler, JSON, Problem, Result, TextualValue, collect, json, no_memory, read_only};
+use super::{Body, Handler, JSON, Problem, Result, TextualValue, json, no_memory, read_only};
 use crate::model::{Check, Command, Condition, Deadline, Delete, Op, Put, Transaction, TxnEnd, UnixMillis, Value};
 use crate::protocol::call::{Answer, Outcome};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use hyper::body::{Body as _, Incoming};
 use hyper::{Request, Response, StatusCode, header};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,14 +37,39 @@ enum Kind {
 #[serde(deny_unknown_fields)]
 struct Operation {
     op: Kind,
+    #[serde(default, deserialize_with = "given")]
     key: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     key_base64: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     value: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     value_base64: Option<String>,
+    #[serde(default, deserialize_with = "whole")]
     flags: Option<u32>,
+    #[serde(default, deserialize_with = "whole")]
     ttl_ms: Option<u64>,
+    #[serde(default, deserialize_with = "given")]
     if_match: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     if_none_match: Option<String>,
+}
+
+/// A field that may be left out, but not be null: a condition that a client means to give and does not is no condition.
+fn given<'a, T: Deserialize<'a>, D: Deserializer<'a>>(field: D) -> std::result::Result<Option<T>, D::Error> {
+    T::deserialize(field).map(Some)
+}
+
+/// The same of a whole number. 1.0 is one: JSON has one kind of numbers.
+fn whole<'a, T: TryFrom<u64>, D: Deserializer<'a>>(field: D) -> std::result::Result<Option<T>, D::Error> {
+    let number = serde_json::Number::deserialize(field)?;
+    let whole = number.as_u64().or_else(|| {
+        let float = number.as_f64()?;
+        // What is too large for 64 bits becomes the most that there is.
+        (float >= 0.0 && float.fract() == 0.0).then_some(float as u64)
+    });
+    let fits = whole.and_then(|whole| T::try_from(whole).ok()).map(Some);
+    fits.ok_or_else(|| D::Error::custom(format!("{number} is no whole number, or too large")))
 }
 
 /// An operation, understood.
@@ -106,7 +132,7 @@ impl Handler {
         if body.size_hint().lower() > most as u64 {
             return Err(super::too_large(body.size_hint().lower() as usize, most));
         }
-        let body = collect(&mut body, most).await?;
+        let body = self.collect(&mut body, most).await?;
         let batch: Batch =
             serde_json::from_slice(&body).map_err(|error| Problem::bad(format!("the batch is malformed: {error}")))?;
         drop(body);

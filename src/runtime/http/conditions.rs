@@ -113,6 +113,7 @@ fn named(headers: &HeaderMap, name: header::HeaderName, weak: bool) -> Result<Na
             let (tag, behind) = quoted
                 .strip_prefix('"')
                 .and_then(|tag| tag.split_once('"'))
+                .filter(|(tag, _)| tag.bytes().all(|byte| byte.is_ascii_graphic()))
                 .ok_or_else(malformed)?;
             versions.push(if is_weak && !weak { Version(0) } else { version_of(tag) });
             let behind = behind.trim_start();
