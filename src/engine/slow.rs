@@ -58,6 +58,7 @@ impl Slow {
         }
     }
 
+    #[inline(never)]
     fn follow_pieces(&mut self, session: &mut Session, now_ms: u64) {
         if session.gone {
             return session.pieces.clear();
@@ -76,11 +77,12 @@ impl Slow {
     #[inline]
     fn look_for_slow(&mut self, session: &mut Session, now_ms: u64) {
         let taken = session.output.taken();
-        while let Some(piece) = session.pieces.next_over(taken) {
+        while let Some(piece) = session.pieces.oldest_over(taken) {
             let took_ns = self.moment_ns.saturating_sub(piece.arrived_ns);
             if self.threshold_ns.is_some_and(|threshold_ns| took_ns >= threshold_ns) {
-                self.add(session, &piece, now_ms);
+                self.add(session, piece, now_ms);
             }
+            session.pieces.drop_oldest();
         }
     }
 

@@ -179,7 +179,7 @@ fn keys<'a>(
             used,
         )
     };
-    let Some(length) = input[from..].iter().position(|byte| *byte == b' ' || *byte == b'\n') else {
+    let Some(length) = memchr::memchr2(b' ', b'\n', &input[from..]) else {
         if input.len() - from > env.key_bytes_max + 1 {
             return at(State::Skip, Decoded::Refused(BAD_FORMAT), input.len());
         }

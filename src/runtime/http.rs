@@ -653,9 +653,7 @@ impl Wish {
                 "ttl" => {
                     let digits = value.trim_end_matches(|unit: char| unit.is_ascii_lowercase());
                     let is_whole = digits.len() <= TTL_DIGITS_MAX && digits.bytes().all(|byte| byte.is_ascii_digit());
-                    let ttl = parse_duration(value)
-                        .ok()
-                        .filter(|ttl| is_whole && !ttl.is_zero());
+                    let ttl = parse_duration(value).ok().filter(|ttl| is_whole && !ttl.is_zero());
                     let ttl = ttl.ok_or_else(|| {
                         Problem::bad("ttl is a whole number of more than nothing, in seconds or with a unit: 60, 500ms, 30s, 5m, 1h")
                     })?;

@@ -68,6 +68,40 @@ impl Piece {
         }
     }
 
+    /// Makes it a new one. The class and the key that it had are there until its first request is begun.
+    #[inline]
+    fn begin(&mut self, arrived_ns: u64) {
+        self.arrived_ns = arrived_ns;
+        self.execute_ns = 0;
+        self.handled_ns = arrived_ns;
+        self.worked_for = false;
+        self.answered_ns = 0;
+        self.requests = 0;
+        self.state = State::Open;
+    }
+
+    /// All replies before the number `first` have left; false when that says nothing of it, nor of later ones.
+    #[inline]
+    fn left(&mut self, first: u32, end: u64, now_ns: u64) -> bool {
+        match self.state {
+            State::Answered(_) => true,
+            State::Begun(next) if first.wrapping_sub(next) as i32 >= 0 => {
+                self.answered_ns = now_ns;
+                self.state = State::Answered(end);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    #[inline]
+    fn worked(&mut self, passed_ns: u64, now_ns: u64) {
+        if std::mem::take(&mut self.worked_for) {
+            self.execute_ns += passed_ns;
+            self.handled_ns = now_ns.max(self.handled_ns);
+        }
+    }
+
     /// The start of the first request's key.
     pub(crate) fn key(&self) -> &[u8] {
         &self.key[..KEY_BYTES_SHOWN.min(self.key_bytes as usize)]
@@ -86,25 +120,41 @@ impl Piece {
 }
 
 /// The pieces of a connection that are under way, the oldest first.
-#[derive(Debug, Default)]
+///
+/// Every request of every connection comes by here: what is usual, one piece that is over within two turns, must cost next to
+/// nothing.
+#[derive(Debug)]
 pub(crate) struct Pieces {
-    /// The usual case: one, and no memory for more.
-    first: Option<Piece>,
+    /// There is one at least.
+    any: bool,
+    first: Piece,
+    /// Seldom are there more, and memory for them.
     behind: VecDeque<Piece>,
+}
+
+impl Default for Pieces {
+    fn default() -> Self {
+        Self {
+            any: false,
+            first: Piece::new(0),
+            behind: VecDeque::new(),
+        }
+    }
 }
 
 impl Pieces {
     /// None is under way.
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        self.first.is_none()
+        !self.any
     }
 
     #[inline]
     fn last(&mut self) -> Option<&mut Piece> {
-        match self.behind.back_mut() {
-            None => self.first.as_mut(),
-            last => last,
+        if self.behind.is_empty() {
+            self.any.then_some(&mut self.first)
+        } else {
+            self.behind.back_mut()
         }
     }
 
@@ -127,13 +177,15 @@ impl Pieces {
     /// Bytes came. `waits`: they wait behind others that do.
     #[inline]
     pub(crate) fn arrived(&mut self, now_ns: u64, waits: bool) {
-        if self.first.is_none() {
-            self.first = Some(Piece::new(now_ns));
-        } else {
+        if self.any {
             self.arrived_behind(now_ns, waits);
+        } else {
+            self.any = true;
+            self.first.begin(now_ns);
         }
     }
 
+    #[cold]
     fn arrived_behind(&mut self, now_ns: u64, waits: bool) {
         let is_full = self.behind.len() + 1 >= PIECES_MAX;
         match self.last() {
@@ -164,11 +216,10 @@ impl Pieces {
     /// What was worked for was so for so long, until now.
     #[inline]
     pub(crate) fn worked(&mut self, passed_ns: u64, now_ns: u64) {
-        for piece in self.first.iter_mut().chain(&mut self.behind) {
-            if std::mem::take(&mut piece.worked_for) {
-                piece.execute_ns += passed_ns;
-                piece.handled_ns = now_ns.max(piece.handled_ns);
-            }
+        // When there is none, nobody asks it.
+        self.first.worked(passed_ns, now_ns);
+        if !self.behind.is_empty() {
+            self.behind.iter_mut().for_each(|piece| piece.worked(passed_ns, now_ns));
         }
     }
 
@@ -179,37 +230,35 @@ impl Pieces {
         if piece.requests > 0 {
             piece.state = State::Begun(next);
         } else if self.behind.pop_back().is_none() {
-            self.first = None;
+            self.any = false;
         }
     }
 
     /// All replies before the number `first` have left, into the output, which ends at the byte `end` now.
     #[inline]
     pub(crate) fn left(&mut self, first: u32, end: u64, now_ns: u64) {
-        for piece in self.first.iter_mut().chain(&mut self.behind) {
-            match piece.state {
-                State::Answered(_) => {}
-                State::Begun(next) if first.wrapping_sub(next) as i32 >= 0 => {
-                    piece.answered_ns = now_ns;
-                    piece.state = State::Answered(end);
-                }
-                _ => break,
-            }
+        if self.first.left(first, end, now_ns) && !self.behind.is_empty() {
+            let _ = self.behind.iter_mut().all(|piece| piece.left(first, end, now_ns));
         }
     }
 
     /// The oldest one, if the client has all of it, and the time that it took is known: the output has been taken up to the
     /// byte `taken`.
     #[inline]
-    pub(crate) fn next_over(&mut self, taken: u64) -> Option<Piece> {
-        let first = self.first.as_ref()?;
-        match first.state {
-            State::Answered(end) if taken >= end && !first.worked_for => {
-                let over = self.first.take();
-                self.first = self.behind.pop_front();
-                over
-            }
+    pub(crate) fn oldest_over(&self, taken: u64) -> Option<&Piece> {
+        match self.first.state {
+            State::Answered(end) if self.any && taken >= end && !self.first.worked_for => Some(&self.first),
             _ => None,
+        }
+    }
+
+    /// Forgets the oldest one.
+    #[inline]
+    pub(crate) fn drop_oldest(&mut self) {
+        if self.behind.is_empty() {
+            self.any = false;
+        } else if let Some(next) = self.behind.pop_front() {
+            self.first = next;
         }
     }
 
@@ -227,6 +276,12 @@ impl Pieces {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn next_over(pieces: &mut Pieces, taken: u64) -> Option<Piece> {
+        let over = pieces.oldest_over(taken)?.clone();
+        pieces.drop_oldest();
+        Some(over)
+    }
 
     /// Each piece has its own times, also when several are under way, and one that is half a request has none.
     #[test]
@@ -247,10 +302,10 @@ mod tests {
         pieces.all_begun(7);
         pieces.worked(5, 305);
         pieces.left(4, 10, 320);
-        assert!(pieces.next_over(1000).is_none());
+        assert!(next_over(&mut pieces, 1000).is_none());
         pieces.left(5, 50, 400);
-        assert!(pieces.next_over(49).is_none());
-        let over = pieces.next_over(50).unwrap();
+        assert!(next_over(&mut pieces, 49).is_none());
+        let over = next_over(&mut pieces, 50).unwrap();
         assert_eq!((over.requests, over.class, over.key()), (5, Class::Get, &b"first"[..]));
         let times = Times {
             queue_ns: 10,
@@ -259,9 +314,9 @@ mod tests {
             flush_ns: 100,
         };
         assert_eq!(over.times(500), times);
-        assert!(pieces.next_over(50).is_none());
+        assert!(next_over(&mut pieces, 50).is_none());
         pieces.left(7, 70, 600);
-        let over = pieces.next_over(70).unwrap();
+        let over = next_over(&mut pieces, 70).unwrap();
         assert_eq!((over.arrived_ns, over.requests, over.class), (300, 2, Class::Delete));
         assert_eq!((over.key(), over.key_bytes), (&[b'k'; KEY_BYTES_SHOWN][..], 100));
         assert!(pieces.is_empty());
@@ -278,7 +333,7 @@ mod tests {
         }
         assert_eq!(pieces.behind.len() + 1, PIECES_MAX);
         pieces.left(100, 100, 200);
-        let over: Vec<u32> = std::iter::from_fn(|| pieces.next_over(100))
+        let over: Vec<u32> = std::iter::from_fn(|| next_over(&mut pieces, 100))
             .map(|piece| piece.requests)
             .collect();
         assert_eq!(over.len(), PIECES_MAX);
