@@ -205,6 +205,40 @@ fn json_line_gets_what_it_wrote() {
 }
 
 #[test]
+fn http_and_grpc_get_what_they_wrote() {
+    let (server, _) = server(None);
+    for (protocol, own) in [
+        (ProtocolName::Http, Protocol::Http),
+        (ProtocolName::Grpc, Protocol::Grpc),
+    ] {
+        let address = server.address(own).unwrap();
+        // Keys and values of any bytes.
+        let report = check(protocol, address, false).unwrap();
+        assert!(report.is_clean() && report.gets == 250, "{}", report.text());
+        for engine in [Engine::Epoll, Engine::Auto] {
+            for pipeline in [1, 8, 200] {
+                let report = run(&RunConfig {
+                    ratio: "5:2:1".parse().unwrap(),
+                    engine,
+                    pipeline,
+                    ..config(protocol, address)
+                });
+                assert!(report.is_clean() && report.operations > 50, "{}", report.text());
+                assert!(report.hits > 0 && report.misses > 0, "{}", report.text());
+            }
+        }
+        // Larger than the window of a stream, and than any frame.
+        let report = run(&RunConfig {
+            value_size: SizeSpec::Fixed(300_000),
+            keys: 50,
+            ..config(protocol, address)
+        });
+        assert!(report.is_clean() && report.hit_rate == Some(1.0), "{}", report.text());
+    }
+    server.stop();
+}
+
+#[test]
 fn several_entries_are_set_at_once() {
     let (server, address) = server(Some(0));
     let mut written = 0;

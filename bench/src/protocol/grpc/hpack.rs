@@ -340,7 +340,7 @@ mod tests {
         // The same bytes mean something else once the table has changed.
         let status = encoder.encode([(&b"grpc-status"[..], &b"0"[..])]);
         assert_eq!(responses.read(&status), Some(said(0, Some(0))));
-        let new = encoder.encode([(&b"grpc-status"[..], &b"7"[..])]);
+        let new = encoder.encode([(&b"x-new"[..], &b"field"[..]), (b"grpc-status", b"7")]);
         assert_eq!(responses.read(&new), Some(said(0, Some(7))));
         assert_ne!(responses.read(&status), Some(said(0, Some(0))));
 
