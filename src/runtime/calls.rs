@@ -71,8 +71,8 @@ impl Calls {
     }
 
     /// The options that the server was started with.
-    pub(super) fn config(&self) -> Arc<Config> {
-        self.handlers.engine.borrow().shared_config()
+    pub(super) fn config(&self) -> &Arc<Config> {
+        &self.handlers.config
     }
 
     /// The turn's time.

@@ -8,6 +8,7 @@
 
 use super::calls::Calls;
 use super::{Shared, grpc, http};
+use crate::config::Config;
 use crate::engine::{Engine, Notice, Read, Written};
 use crate::protocol::Protocol;
 use futures_executor::{LocalPool, LocalSpawner};
@@ -52,6 +53,8 @@ const SEND_BYTES_MAX: usize = 64 * 1024;
 pub(super) struct Handlers {
     pub(super) engine: Rc<RefCell<Engine>>,
     pub(super) shared: Arc<Shared>,
+    /// The options that the server was started with. Here, so that requests need not count references to what all cores share.
+    pub(super) config: Arc<Config>,
     /// By number of the session: who is to be woken when something happens to it.
     wakers: RefCell<Vec<Option<Waker>>>,
     /// By number of the session: connections that are open.
@@ -95,6 +98,7 @@ impl Gateway {
     pub(super) fn new(engine: Engine, shared: Arc<Shared>) -> Self {
         let pool = LocalPool::new();
         let handlers = Handlers {
+            config: engine.shared_config(),
             engine: Rc::new(RefCell::new(engine)),
             shared,
             wakers: RefCell::default(),

@@ -228,7 +228,7 @@ struct Handler {
 
 impl Service {
     pub(super) fn new(calls: Calls) -> Self {
-        let config = calls.config();
+        let config = calls.config().clone();
         Self(Rc::new(Handler { calls, config }))
     }
 }
