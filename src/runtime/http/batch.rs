@@ -62,11 +62,11 @@ fn given<'a, T: Deserialize<'a>, D: Deserializer<'a>>(field: D) -> std::result::
 
 /// The same of a whole number. 1.0 is one: JSON has one kind of numbers.
 fn whole<'a, T: TryFrom<u64>, D: Deserializer<'a>>(field: D) -> std::result::Result<Option<T>, D::Error> {
+    const TWO_TO_64: f64 = 18_446_744_073_709_551_616.0;
     let number = serde_json::Number::deserialize(field)?;
     let whole = number.as_u64().or_else(|| {
         let float = number.as_f64()?;
-        // What is too large for 64 bits becomes the most that there is.
-        (float >= 0.0 && float.fract() == 0.0).then_some(float as u64)
+        (float.fract() == 0.0 && (0.0..TWO_TO_64).contains(&float)).then_some(float as u64)
     });
     let fits = whole.and_then(|whole| T::try_from(whole).ok()).map(Some);
     fits.ok_or_else(|| D::Error::custom(format!("{number} is no whole number, or too large")))
