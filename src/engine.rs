@@ -418,7 +418,7 @@ impl Engine {
             return;
         };
         session.last_sent_ms = self.now.0;
-        let mut more = session.closing || session.paused;
+        let mut more = session.closing || session.paused || session.shuts;
         if let Some(buffer) = session.output.sent(bytes) {
             // A large one was charged, and is gone.
             more |= buffer.capacity() > REUSED_BYTES_MAX / 2;

@@ -396,7 +396,16 @@ pub fn refusal(protocol: Protocol) -> Vec<u8> {
         Protocol::Text => vec![],
         Protocol::Protobuf => protobuf::refusal(),
         Protocol::JsonLine => json_line::error("too many open connections"),
-        Protocol::Http | Protocol::Grpc => vec![],
+        Protocol::Http => {
+            let problem = r#"{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"too many open connections"}"#;
+            let length = problem.len();
+            format!(
+                "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\ncontent-length: {length}\r\n\
+                 connection: close\r\n\r\n{problem}"
+            )
+            .into_bytes()
+        }
+        Protocol::Grpc => vec![],
     }
 }
 
