@@ -450,6 +450,21 @@ pub(crate) fn is_text(key: &[u8]) -> bool {
     !odd || key.iter().all(|byte| *byte > b' ' && *byte != 0x7f) && std::str::from_utf8(key).is_ok()
 }
 
+/// A key, or the start of one, as one word of printable characters: other bytes, and the percent sign, as percent and two
+/// hexadecimal digits.
+pub(crate) fn escaped(key: &[u8]) -> String {
+    let mut word = String::with_capacity(key.len());
+    for byte in key {
+        if byte.is_ascii_graphic() && *byte != b'%' {
+            word.push(char::from(*byte));
+        } else {
+            // Writing to memory does not fail.
+            let _ = std::fmt::Write::write_fmt(&mut word, format_args!("%{byte:02X}"));
+        }
+    }
+    word
+}
+
 /// A decimal number of 64 bits, perhaps with a plus sign, nothing else.
 #[inline]
 pub(crate) fn parse_u64(word: &[u8]) -> Option<u64> {

@@ -4,7 +4,7 @@
 //! (only Prometheus' ends in `_total`, as its samples do in both), and in what only OpenMetrics has: units, the kind `info`
 //! and a last line. Every series has the label `core` where cores count apart, so a sum over it is the server's.
 
-use super::{Protocol, ServerFacts};
+use super::{Protocol, ServerFacts, escaped};
 use crate::metrics::latency::Durations;
 use crate::metrics::operations::{Outcome, PROTOCOLS_MAX};
 use crate::metrics::{Counters, Metrics};
@@ -394,6 +394,7 @@ pub(super) fn prometheus(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, 
     about_mesh(&cores, server, &mut to);
     about_operations(&cores, &mut to);
     about_durations(&cores, &mut to);
+    about_hot_keys(&cores, &mut to);
     if open_metrics {
         to.out.extend_from_slice(b"# EOF\n");
     }
@@ -543,10 +544,28 @@ fn about_durations(cores: &[(String, &Metrics)], to: &mut Exposition<'_>) {
     }
 }
 
+/// Of each core so many of the hottest keys are shown: every key is a series for whoever keeps them.
+const HOT_KEYS_SHOWN: usize = 10;
+
+fn about_hot_keys(cores: &[(String, &Metrics)], to: &mut Exposition<'_>) {
+    to.family(
+        "memkv_hot_key_requests_per_second",
+        Kind::Gauge,
+        "An estimate of how often the hottest keys of a core were asked for in the last seconds. In the key, blanks, % and bytes \
+         that are not printable ASCII are escaped as %XX.",
+    );
+    for (core, metrics) in cores {
+        for hot in metrics.hot_keys.iter().take(HOT_KEYS_SHOWN) {
+            to.sample([("key", escaped(&hot.key).as_str()), ("core", core)], hot.per_second);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::metrics::hot_keys::HotKey;
     use crate::metrics::latency::BOUNDS_NS;
     use crate::model::{Command, Op, Reply, UnixMillis};
     use crate::partition::RangeTable;
@@ -558,6 +577,13 @@ mod tests {
         let mut first = Metrics::default();
         first.counters.get_hits = 7;
         first.counters.idle_ns = 1_500_000_000;
+        first.hot_keys.push(HotKey {
+            key: b"a \"b\"".to_vec(),
+            per_second: 12,
+            writes_per_second: 0,
+            share_ppm: 1000,
+            error_ppm: 10,
+        });
         first.counters.process_cpu_us = 2_000_001;
         first.counters.other_bytes = 1000;
         (first.counters.charged_bytes, first.counters.index_bytes) = (100, 60);
@@ -692,6 +718,7 @@ mod tests {
             "memkv_memory_limit_bytes 1073741824",
             "memkv_bad_requests_total{protocol=\"json-line\",core=\"0\"} 1",
             "memkv_requests_total{core=\"0\"} 4",
+            r#"memkv_hot_key_requests_per_second{key="a%20\"b\"",core="0"} 12"#,
             "memkv_mesh_credit_requests_limit{core=\"1\"} 4096",
         ] {
             assert!(text.lines().any(|other| other == line), "{line} is missing in {text}");

@@ -6,7 +6,9 @@
 
 mod meta;
 
-use super::{Decoded, Decoder, Env, Line, ServerFacts, Shape, Step, is_http, line, parse_i64, parse_u64, words};
+use super::{
+    Decoded, Decoder, Env, Line, ServerFacts, Shape, Step, escaped, is_http, line, parse_i64, parse_u64, words,
+};
 use crate::config::Eviction;
 use crate::encoding::{Rope, push_decimal};
 use crate::metrics::{Counters, Metrics, Report};
@@ -923,21 +925,6 @@ fn stats_cores(cores: &[(CoreId, Metrics)], out: &mut Rope) {
         stat(out, format_args!("{id}:idle_share"), format_args!("{idle:.4}"));
         stat(out, format_args!("{id}:hit_ratio"), format_args!("{:.4}", hit_ratio(c)));
     }
-}
-
-/// A key, or the start of one, as one word of printable characters: other bytes, and the percent sign, as percent and two
-/// hexadecimal digits.
-fn escaped(key: &[u8]) -> String {
-    let mut word = String::with_capacity(key.len());
-    for byte in key {
-        if byte.is_ascii_graphic() && *byte != b'%' {
-            word.push(char::from(*byte));
-        } else {
-            // Writing to memory does not fail.
-            let _ = std::fmt::Write::write_fmt(&mut word, format_args!("%{byte:02X}"));
-        }
-    }
-    word
 }
 
 fn stats_hot_keys(cores: &[(CoreId, Metrics)], out: &mut Rope) {
