@@ -14,6 +14,10 @@ use std::sync::mpsc;
 use std::time::{Duration, SystemTime};
 
 fn start() -> (Server, SocketAddr) {
+    start_with(Config::default())
+}
+
+fn start_with(config: Config) -> (Server, SocketAddr) {
     let config = Config {
         cores: Some(1),
         memcached: "127.0.0.1:0".parse().unwrap(),
@@ -22,7 +26,7 @@ fn start() -> (Server, SocketAddr) {
         json_line: "127.0.0.1:0".parse().unwrap(),
         http: "127.0.0.1:0".parse().unwrap(),
         grpc: "127.0.0.1:0".parse().unwrap(),
-        ..Config::default()
+        ..config
     };
     let server = Server::start(config).unwrap();
     let address = server.address(Protocol::Memcached).unwrap();
@@ -232,6 +236,41 @@ fn the_server_has_the_word_when_it_refuses() {
         err.contains("line 1: the server answered SERVER_ERROR object too large"),
         "{err}"
     );
+    server.stop();
+}
+
+#[test]
+fn hot_keys_and_slow_requests_are_tables() {
+    // Each request is slow.
+    let config = Config {
+        slow_log_threshold: Duration::from_nanos(1),
+        ..Config::default()
+    };
+    let (server, address) = start_with(config);
+    expect_out(&run(address, &["set", "hot", "value"]), "STORED\n");
+    expect_out(&run(address, &["get", "hot"]), "value");
+    let table = |what: &str| {
+        let (code, out, err) = parts(&run(address, &[what]));
+        assert_eq!((code, err.as_str()), (0, ""), "{out}");
+        let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        out.lines().map(cells).collect::<Vec<_>>()
+    };
+    let hot = table("hotkeys");
+    assert_eq!(hot[0][..2], ["key", "core"]);
+    assert_eq!(
+        (hot[1][0].as_str(), hot[1][4].as_str(), hot.len()),
+        ("hot", "100.00%", 2),
+        "{hot:?}"
+    );
+    let slow = table("slowlog");
+    assert_eq!(slow[0][..3], ["key", "command", "requests"]);
+    for command in ["set", "get"] {
+        assert!(slow.iter().any(|row| row[..3] == ["hot", command, "1"]), "{slow:?}");
+    }
+    for what in ["hotkeys", "slowlog"] {
+        let refused = run(format!("protobuf://{address}"), &[what]);
+        expect_error(&refused, 2, &[what, "needs the memcached protocol"]);
+    }
     server.stop();
 }
 
