@@ -62,6 +62,8 @@
 pub mod budget;
 pub mod client;
 pub mod config;
+pub mod disk;
+pub mod effect;
 pub mod encoding;
 pub mod engine;
 pub(crate) mod gather;
@@ -79,6 +81,7 @@ pub(crate) mod shard;
 pub(crate) mod shards;
 pub(crate) mod store;
 pub(crate) mod txn;
+pub mod wal;
 
 /// Entrances for fuzzing.
 #[cfg(feature = "fuzzing")]

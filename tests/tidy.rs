@@ -13,10 +13,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("partition", &["model"]),
     ("encoding", &["model"]),
+    ("effect", &["model"]),
+    ("disk", &[]),
     ("budget", &[]),
     ("config", &[]),
     ("metrics", &["encoding", "model"]),
     // L1: siblings that never import each other.
+    ("wal", &["effect", "model"]),
     ("store", &["budget", "model", "partition"]),
     ("proto", &[]),
     (
