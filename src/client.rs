@@ -65,6 +65,9 @@ pub struct Options {
     /// Ask each core for its own keys, if the server was started with `--core-ports`; else it changes nothing. Off unless
     /// set.
     pub route: bool,
+    /// Each answer comes when what it tells is safe on the server's disk. A server without `--data-dir` refuses what is asked so. Off
+    /// unless set.
+    pub durable: bool,
     /// A longer answer, in bytes, is not read. 1 GiB unless set.
     pub answer_bytes_max: u64,
 }
@@ -75,6 +78,7 @@ impl Default for Options {
             connect_timeout: Duration::from_secs(5),
             timeout: Duration::from_secs(5),
             route: false,
+            durable: false,
             answer_bytes_max: 1 << 30,
         }
     }
@@ -581,12 +585,16 @@ impl Client {
         if results.len() != keys {
             return Err(self.foreign(&format!("{} results for {keys} keys", results.len())));
         }
-        if results.iter().any(|result| result.code() == Code::ReadOnly) {
+        let refusals = [
+            (Code::ReadOnly, "the server is read-only"),
+            (Code::NotDurable, "the server cannot make it durable"),
+        ];
+        for (code, message) in refusals {
             // All of a request is done, or nothing.
-            return Err(Error::Refused {
-                code: Code::ReadOnly,
-                message: "the server is read-only".to_owned(),
-            });
+            if results.iter().any(|result| result.code() == code) {
+                let message = message.to_owned();
+                return Err(Error::Refused { code, message });
+            }
         }
         let read = |result: proto::KeyResult| {
             let code = result.code;
@@ -624,6 +632,7 @@ impl Client {
         let message = proto::Message {
             id,
             command: Some(command),
+            durable: self.options.durable,
         };
         let request = message.encode_length_delimited_to_vec();
         let key = message.command.as_ref().and_then(|command| keys_of(command).0);

@@ -61,6 +61,26 @@ impl std::fmt::Display for Eviction {
     }
 }
 
+/// How safe a write is when it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DurabilityChoice {
+    /// It is in the log soon; the system decides when it is safe.
+    None,
+    /// It is safe within --sync-interval.
+    Interval,
+    /// It is safe. Nobody sees it before.
+    Always,
+}
+
+/// What happens when what is on disk is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Recover {
+    /// The server does not start.
+    Stop,
+    /// What is readable is kept.
+    Salvage,
+}
+
 /// A number of bytes, written with an optional k, m or g (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
@@ -128,7 +148,7 @@ pub struct Config {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub cores: Option<u16>,
 
-    /// Key-range shards; each belongs to one core [default: one per core].
+    /// Key-range shards; each belongs to one core [default: one per core; 64 with --data-dir, for good].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16384))]
     pub shards: Option<u16>,
 
@@ -174,9 +194,39 @@ pub struct Config {
     #[arg(long, value_name = "BASE")]
     pub core_ports: Option<u16>,
 
-    /// Rows `<key> <value>` to load before serving.
+    /// Where data outlives the server: a log of what is written, and snapshots. Made when it is not there. Without it everything is
+    /// in memory only.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+
+    /// How safe a write is when it is answered, with --data-dir.
+    #[arg(long, value_enum, default_value_t = DurabilityChoice::Interval)]
+    pub durability: DurabilityChoice,
+
+    /// With --durability interval: how often what was written is made safe.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
+    pub sync_interval: Duration,
+
+    /// Bytes of the log, of all cores together, after which snapshots are made and the log begins anew. 0: not by its size.
+    #[arg(long, value_name = "BYTES", default_value_t = Bytes(1 << 30))]
+    pub snapshot_log_bytes: Bytes,
+
+    /// How often snapshots are made when something was written. 0: not by time.
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_duration)]
+    pub snapshot_interval: Duration,
+
+    /// What happens when what is on disk is damaged, other than at the end of a log that a crash cut short. stop: the start ends with
+    /// the place and the cause. salvage: what is readable is kept.
+    #[arg(long, value_enum, default_value_t = Recover::Stop)]
+    pub recover: Recover,
+
+    /// Rows `<key> <value>` to load before serving. With --data-dir, only into one that holds no data.
     #[arg(long, value_name = "FILE", env = "KV_DATA_FILE_PATH")]
     pub load: Option<PathBuf>,
+
+    /// Load them also when --data-dir holds data.
+    #[arg(long)]
+    pub load_again: bool,
 
     /// A malformed row ends the start instead of being counted.
     #[arg(long)]

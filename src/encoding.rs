@@ -165,6 +165,25 @@ impl Rope {
         other.clear(usize::MAX);
     }
 
+    /// Moves what lies behind the first `flat_len` flat bytes and the first `splices` splices to another one. Returns how much that
+    /// was: flat bytes, and splices.
+    pub fn move_tail(&mut self, flat_len: usize, splices: usize, to: &mut Rope) -> (usize, usize) {
+        let base = to.flat.len();
+        let tail = self.splices.split_off(splices.min(self.splices.len()));
+        let moved = (self.flat.len() - flat_len, tail.len());
+        to.flat.extend_from_slice(&self.flat[flat_len..]);
+        self.flat.truncate(flat_len);
+        for splice in tail {
+            self.spliced_bytes -= splice.bytes.len();
+            to.spliced_bytes += splice.bytes.len();
+            to.splices.push_back(Splice {
+                at: base + splice.at - flat_len,
+                bytes: splice.bytes,
+            });
+        }
+        moved
+    }
+
     /// Drops what lies behind the first `flat_len` flat bytes.
     pub fn truncate(&mut self, flat_len: usize) {
         self.flat.truncate(flat_len);

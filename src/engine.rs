@@ -30,6 +30,7 @@ use std::sync::Arc;
 mod calls;
 mod gathered;
 mod interactive;
+mod journal;
 mod links;
 mod memory;
 mod participant;
@@ -118,6 +119,10 @@ pub struct Engine {
     /// Sessions that answers may let go on, to be looked at once per batch.
     resumable: Vec<u32>,
     stop_asked: bool,
+    /// How far the log is; none without a data directory.
+    journal: Option<Box<journal::Journal>>,
+    /// Replies wait for the disk.
+    gates: bool,
     /// Who may touch which key while transactions are under way.
     locks: Locks,
     /// By ticket of the lock table.
@@ -184,6 +189,8 @@ impl Engine {
             freed_links: vec![],
             resumable: vec![],
             stop_asked: false,
+            journal: None,
+            gates: false,
             locks: Locks::default(),
             waiters: AHashMap::new(),
             parts: AHashMap::new(),
@@ -691,6 +698,9 @@ impl Engine {
             self.unsettled = true;
             return;
         }
+        if self.gates || shape.is_durable() {
+            return self.run_logged(session, id, request);
+        }
         let (protocol, hash, arrived_ns) = (session.protocol, request.place.hash, session.arrived_ns);
         if let Some(out) = session.direct() {
             self.execute(shard, hash, command, protocol, shape, Target::Output(out));
@@ -951,6 +961,9 @@ impl Engine {
     #[inline]
     pub fn end_turn(&mut self, now_ns: u64) {
         self.time_is(now_ns);
+        if self.journal.is_some() {
+            self.see_whether_full();
+        }
         self.metrics.end_turn(self.now_ns, now_ns);
         self.publish_if_much();
     }

@@ -5,8 +5,9 @@
 //! ```text
 //! request   0 length u32   4 session u32   8 number u32   12 hash u64   20 shard u16   22 protocol u8   23 kind u8
 //!          24 shape code u32   28 shape text length u16   30 unused u16   32 shape text, then the command, the broadcast,
-//!          or what concerns a transaction:  0 clock u64   8 coordinator u16   and then what is decided u8, or the attempt u32
-//!          that is in the way, or a part:  10 scope u8, and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16
+//!          or how far a log is:  0 epoch u64   8 safe epoch u64   16 asked u64   24 failed u8
+//!          or what concerns a transaction:  0 clock u64   8 coordinator u16   and then what is decided u8, in which epoch u64, and
+//!          the cores that write u16 each, or the attempt u32 that is in the way, or a part:  10 scope u8, and then its members, each:  0 length of the rest u32   4 role u8   5 hash u64   13 shard u16
 //!                                       15 what is checked, or the command
 //! reply     0 session u32   4 number u32   8 length u32   12 large values u16   14 unused u16   16 what to send
 //! ```
@@ -225,12 +226,28 @@ impl Link {
         finish(&mut self.requests.rope, start);
     }
 
-    /// Adds what was decided of a transaction. It needs no credit: its preparation holds it still.
-    pub(crate) fn push_decision(&mut self, to: Return, id: TxnId, decision: Decision) {
+    /// Adds what was decided of a transaction, in this epoch, and which cores it has write. It needs no credit: its preparation
+    /// holds it still, or, where it is settled, it is one record more for a transaction that has ended.
+    pub(crate) fn push_decision(&mut self, to: Return, shape_code: u32, id: TxnId, decided: &Decided<'_>) {
         let rope = &mut self.requests.rope;
-        let start = push_header(rope, to, DECIDE, 0, 0, &Shape::code(0));
+        let start = push_header(rope, to, DECIDE, 0, 0, &Shape::code(shape_code));
         push_id(rope, id);
-        rope.push(&[decision as u8]);
+        rope.push(&[decided.decision as u8]);
+        rope.push(&decided.epoch.to_le_bytes());
+        for core in decided.writers {
+            rope.push(&core.to_le_bytes());
+        }
+        finish(rope, start);
+    }
+
+    /// Adds how far this core's log is. It needs no credit: there is one for each epoch, and one when that is safe.
+    pub(crate) fn push_progress(&mut self, progress: Progress) {
+        let rope = &mut self.requests.rope;
+        let start = push_header(rope, Return::NOBODY, PROGRESS, 0, 0, &Shape::code(0));
+        rope.push(&progress.epoch.to_le_bytes());
+        rope.push(&progress.safe.to_le_bytes());
+        rope.push(&progress.asked.to_le_bytes());
+        rope.push(&[u8::from(progress.failed)]);
         finish(rope, start);
     }
 
@@ -238,12 +255,7 @@ impl Link {
     /// needs no credit: there is at most one for each time it prepares.
     pub(crate) fn push_wound(&mut self, id: TxnId, attempt: u32) {
         let rope = &mut self.requests.rope;
-        let nobody = Return {
-            session: 0,
-            number: 0,
-            protocol: Protocol::Text,
-        };
-        let start = push_header(rope, nobody, WOUND, 0, 0, &Shape::code(0));
+        let start = push_header(rope, Return::NOBODY, WOUND, 0, 0, &Shape::code(0));
         push_id(rope, id);
         rope.push(&attempt.to_le_bytes());
         finish(rope, start);
@@ -268,6 +280,12 @@ impl Link {
         &mut self.replies.rope
     }
 
+    /// Moves the reply that began at `start` and was finished elsewhere, to wait there. Returns how much that was: flat bytes, and
+    /// large values.
+    pub(crate) fn hold_reply(&mut self, start: ReplyStart, to: &mut Rope) -> (usize, usize) {
+        self.replies.rope.move_tail(start.flat, start.splices, to)
+    }
+
     /// Ends the reply that began at `start`.
     #[inline]
     pub(crate) fn finish_reply(&mut self, start: ReplyStart) {
@@ -288,9 +306,56 @@ pub(crate) struct Return {
     pub(crate) protocol: Protocol,
 }
 
+impl Return {
+    /// Nothing is answered.
+    const NOBODY: Self = Self {
+        session: 0,
+        number: 0,
+        protocol: Protocol::Text,
+    };
+
+    /// As [`ReturnBytes`] has it.
+    pub(crate) fn to_bytes(self) -> [u8; RETURN_BYTES] {
+        let mut bytes = [0; RETURN_BYTES];
+        bytes[..4].copy_from_slice(&self.session.to_le_bytes());
+        bytes[4..].copy_from_slice(&self.number.to_le_bytes());
+        bytes
+    }
+}
+
+/// What was decided of a transaction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decided<'a> {
+    pub(crate) decision: Decision,
+    /// The coordinator's epoch.
+    pub(crate) epoch: u64,
+    /// The cores that it has write.
+    pub(crate) writers: &'a [u16],
+}
+
+/// How far a core's log is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// It is in this epoch: it decides nothing any more in an earlier one.
+    pub(crate) epoch: u64,
+    /// What belongs to this epoch, and to earlier ones, is as safe as it is to be.
+    pub(crate) safe: u64,
+    /// Somebody waits for this epoch to be safe on all cores.
+    pub(crate) asked: u64,
+    /// The log cannot be written any more.
+    pub(crate) failed: bool,
+}
+
 /// The same as the core that replies sees it: bytes to give back.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct ReturnBytes<'a>(&'a [u8]);
+pub(crate) struct ReturnBytes<'a>(pub(crate) &'a [u8]);
+
+impl<'a> ReturnBytes<'a> {
+    /// Those of a reply.
+    pub(crate) fn of(reply: &'a [u8]) -> Self {
+        Self(&reply[..RETURN_BYTES])
+    }
+}
 
 /// Where a reply began.
 #[derive(Clone, Copy, Debug)]
@@ -309,6 +374,7 @@ const WHOLE: u8 = 2;
 const PREPARE: u8 = 3;
 const DECIDE: u8 = 4;
 const WOUND: u8 = 5;
+const PROGRESS: u8 = 6;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,6 +391,8 @@ pub(crate) enum Kind {
     Decide,
     /// To the coordinator: the transaction is in the way of an older request.
     Wound,
+    /// How far a core's log is.
+    Progress,
 }
 
 fn push_id(rope: &mut Rope, id: TxnId) {
@@ -353,10 +421,22 @@ impl<'a> PartRecord<'a> {
     }
 }
 
-/// What a [`Kind::Decide`] says.
-pub(crate) fn read_decision(request: &Request<'_>) -> (TxnId, Decision) {
+/// What a [`Kind::Decide`] says: of which transaction, what, in which epoch; then the writing cores follow, two bytes each.
+pub(crate) fn read_decision<'a>(request: &Request<'a>) -> (TxnId, Decision, u64, Reader<'a>) {
     let mut body = request.body;
-    (read_id(&mut body), Decision::from_number(body.u8()))
+    let (id, decision) = (read_id(&mut body), Decision::from_number(body.u8()));
+    (id, decision, body.u64(), body)
+}
+
+/// What a [`Kind::Progress`] says.
+pub(crate) fn read_progress(request: &Request<'_>) -> Progress {
+    let mut body = request.body;
+    Progress {
+        epoch: body.u64(),
+        safe: body.u64(),
+        asked: body.u64(),
+        failed: body.u8() == 1,
+    }
 }
 
 /// What a [`Kind::Wound`] says: the transaction, and the attempt.
@@ -440,7 +520,8 @@ impl<'a> Request<'a> {
             WHOLE => Kind::Whole,
             PREPARE => Kind::Prepare,
             DECIDE => Kind::Decide,
-            _ => Kind::Wound,
+            WOUND => Kind::Wound,
+            _ => Kind::Progress,
         };
         let (code, text_len) = (reader.u32(), usize::from(reader.u16()));
         let (text, body) = rest.split_at(text_len);
@@ -471,6 +552,11 @@ impl Wish<'_> {
             Wish::Check(_) => Role::Check,
             Wish::Execute(role, _) => *role,
         }
+    }
+
+    /// It may change something.
+    pub(crate) fn writes(&self) -> bool {
+        matches!(self, Wish::Execute(_, command) if !command.only_reads())
     }
 
     /// What it takes of a link's credit: its record, nearly, and its value.

@@ -117,6 +117,14 @@ counters! {
     txn_retries,
     /// Requests that waited for a transaction to end.
     lock_waits,
+    /// Replies that waited until what they tell was safe on disk.
+    held_replies,
+    /// Writes to the log, each of everything that waited.
+    log_writes,
+    /// How often the log was made safe.
+    log_syncs,
+    /// Bytes of effects written to the log.
+    log_bytes,
     /// How often a request waited because all credits to its owner were in use.
     credit_waits,
     /// Connections accepted.
@@ -431,6 +439,8 @@ pub enum Report {
     Done,
     /// It was not done: a core takes no writes.
     ReadOnly,
+    /// A core's log cannot be written: what was done may be lost, or come back.
+    NotDurable,
     /// Each core's metrics.
     Metrics(Vec<(CoreId, Metrics)>),
     /// Each connection.
@@ -563,6 +573,7 @@ impl Report {
         match self {
             Report::Done => head(out, 0, 0),
             Report::ReadOnly => head(out, 4, 0),
+            Report::NotDurable => head(out, 5, 0),
             Report::Metrics(cores) => {
                 head(out, 1, cores.len());
                 for (core, metrics) in cores {
@@ -630,6 +641,7 @@ impl Report {
                     .collect(),
             ),
             4 => Report::ReadOnly,
+            5 => Report::NotDurable,
             _ => Report::Done,
         }
     }

@@ -355,16 +355,19 @@ pub enum TxnEnd {
     TooLarge,
     /// It has a write, and a core that it concerns takes none. Nothing was executed.
     ReadOnly,
+    /// A log that it concerns cannot be written. What was executed, if anything was, may be lost or come back, as a whole.
+    NotDurable,
 }
 
 impl TxnEnd {
     /// All of them, in the order of their numbers.
-    pub const ALL: [TxnEnd; 5] = [
+    pub const ALL: [TxnEnd; 6] = [
         TxnEnd::Success,
         TxnEnd::Failure,
         TxnEnd::OutOfMemory,
         TxnEnd::TooLarge,
         TxnEnd::ReadOnly,
+        TxnEnd::NotDurable,
     ];
 }
 
@@ -457,4 +460,7 @@ pub enum Reply<'a> {
     TooLarge,
     /// Its owner takes no writes. Nothing was changed.
     ReadOnly,
+    /// Its owner's log cannot be written. What was asked, or what there is to read, may be lost or come back; or the server has no
+    /// log, and nothing was done.
+    NotDurable,
 }

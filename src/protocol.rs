@@ -71,9 +71,18 @@ pub struct Shape<'a> {
 }
 
 impl Shape<'_> {
+    /// In the code of every protocol: the reply comes when what it tells is safe.
+    pub(crate) const DURABLE: u32 = 1 << 31;
+
     /// A shape without text.
     pub fn code(code: u32) -> Self {
         Self { code, text: &[] }
+    }
+
+    /// The reply comes when what it tells is safe.
+    #[inline]
+    pub(crate) fn is_durable(&self) -> bool {
+        self.code & Self::DURABLE != 0
     }
 }
 
@@ -128,6 +137,20 @@ pub enum Decoded<'a> {
     Close(&'a [u8]),
     /// The client ends the server.
     Shutdown,
+}
+
+impl Decoded<'_> {
+    /// The same, answered when what the answer tells is safe.
+    #[cold]
+    pub(crate) fn durable(mut self) -> Self {
+        if let Decoded::Command(_, shape)
+        | Decoded::Transaction(_, shape)
+        | Decoded::Broadcast(Broadcast::Flush(None), shape) = &mut self
+        {
+            shape.code |= Shape::DURABLE;
+        }
+        self
+    }
 }
 
 /// What a connection does with a transaction that it builds up command by command.
@@ -377,6 +400,9 @@ pub fn copied_bytes(protocol: Protocol, value: &[u8]) -> usize {
 
 /// What a client is told of a write that a core refuses because it takes none, where the protocol has room for words.
 pub(crate) const READ_ONLY: &str = "the server is read-only";
+/// What a client is told that wants something durable, or has written, or reads what was not made durable in time.
+pub(crate) const NOT_DURABLE: &str =
+    "not durable: the server has no log, or cannot write to it; what was written may be lost or come back";
 
 /// What a connection is told before it is closed because there is no memory for its request.
 pub fn out_of_memory(protocol: Protocol) -> Vec<u8> {

@@ -4,6 +4,7 @@
 //! between. Time, memory and counters come in as arguments.
 
 use crate::budget::Budget;
+use crate::effect::Image;
 use crate::metrics::Counters;
 use crate::model::{
     Check, Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, ItemView, LARGE_VALUE_BYTES,
@@ -11,6 +12,7 @@ use crate::model::{
 };
 use crate::partition::Partitioner;
 use crate::store::{Access, FETCHED, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON};
+use crate::wal::Log;
 use bytes::Bytes;
 
 /// What a shard needs from its core to do anything.
@@ -24,6 +26,8 @@ pub(crate) struct Context<'a> {
     pub(crate) counters: &'a mut Counters,
     /// The largest value, in bytes.
     pub(crate) value_bytes_max: usize,
+    /// Where effects are noted, with a data directory.
+    pub(crate) log: Option<&'a mut Log>,
 }
 
 /// What commands may cost.
@@ -41,6 +45,9 @@ impl std::ops::AddAssign for Price {
         self.read_bytes += more.read_bytes;
     }
 }
+
+/// What of an item's state outlives the process. Whether it was read does not.
+const LASTING: u8 = STALE | WON | KEY_ENCODED;
 
 /// The owner of one token range.
 pub(crate) struct Shard {
@@ -287,6 +294,7 @@ impl Shard {
         if let Some(deadline) = effects.touch {
             context.counters.touch_hits += 1;
             self.store.touch(context.budget, position, deadline);
+            self.log_amended(position, context);
         }
         if version {
             self.give_version(position, context);
@@ -438,10 +446,29 @@ impl Shard {
             self.count_evicted(context.counters);
         }
         match written {
-            Ok(_) => context.counters.items_written += 1,
+            Ok(_) => {
+                context.counters.items_written += 1;
+                if let Some(log) = &mut context.log {
+                    log.put(&Image {
+                        key: parts.key,
+                        value: parts.value.bytes(),
+                        flags: parts.flags,
+                        deadline: parts.deadline,
+                        state: parts.state & LASTING,
+                    });
+                }
+            }
             Err(OutOfMemory) => context.counters.out_of_memory += 1,
         }
         written
+    }
+
+    /// Notes that the item at a position has another deadline or state than it was written with.
+    fn log_amended(&self, position: Position, context: &mut Context<'_>) {
+        if let Some(log) = &mut context.log {
+            let item = self.store.item(position);
+            log.amend(item.key(), item.deadline(), item.state() & LASTING);
+        }
     }
 
     fn delete(&mut self, hash: u64, key: &[u8], delete: &Delete, context: &mut Context<'_>) -> Reply<'_> {
@@ -458,6 +485,9 @@ impl Shard {
         context.counters.delete_hits += 1;
         if delete.removal == Removal::Remove {
             self.store.remove(context.budget, position);
+            if let Some(log) = &mut context.log {
+                log.delete(key);
+            }
             return Reply::Deleted(Version(0));
         }
         let version = self.version_of(delete.version);
@@ -472,11 +502,22 @@ impl Shard {
                 _ => (parts.value, parts.flags) = (Value::Small(&[]), 0),
             }
         });
-        if amended {
-            Reply::Deleted(version)
-        } else {
-            Reply::OutOfMemory
+        if !amended {
+            return Reply::OutOfMemory;
         }
+        if let Removal::MarkStale(_) = delete.removal {
+            self.log_amended(position, context);
+        } else if let Some(log) = &mut context.log {
+            let item = self.store.item(position);
+            log.put(&Image {
+                key,
+                value: &[],
+                flags: 0,
+                deadline: item.deadline(),
+                state: item.state() & LASTING,
+            });
+        }
+        Reply::Deleted(version)
     }
 
     fn increment(&mut self, hash: u64, key: &[u8], increment: &Increment, context: &mut Context<'_>) -> Reply<'_> {
@@ -568,6 +609,7 @@ impl Shard {
         if !self.store.touch(context.budget, position, deadline) {
             return Reply::OutOfMemory;
         }
+        self.log_amended(position, context);
         self.store.mark_access(position, context.now.seconds());
         Reply::Touched
     }

@@ -5,6 +5,7 @@ use crate::metrics::Counters;
 use crate::model::{Check, Command, CoreId, Reply, UnixMillis};
 use crate::partition::RangeTable;
 use crate::shard::{Context, Price, Shard};
+use crate::wal::Log;
 use std::sync::Arc;
 
 /// Items looked at because their time may be over: this many for each millisecond that passed, and at most so many in one
@@ -47,6 +48,8 @@ pub(crate) struct Shards {
     pub(crate) budget: Budget,
     /// The largest value, in bytes.
     value_bytes_max: usize,
+    /// What is done to them, on its way to the disk; none without a data directory.
+    pub(crate) log: Option<Log>,
     /// At the memory limit items make place.
     evicts: bool,
     /// No client's write is executed.
@@ -81,6 +84,7 @@ impl Shards {
             first: first.unwrap_or(0),
             budget,
             value_bytes_max,
+            log: None,
             evicts,
             refuses_writes: false,
             cores: u64::from(table.cores()),
@@ -154,6 +158,7 @@ impl Shards {
             budget: &mut self.budget,
             counters,
             value_bytes_max: self.value_bytes_max,
+            log: self.log.as_mut(),
         };
         self.shards[place].execute(hash, command, &mut context)
     }
@@ -165,6 +170,7 @@ impl Shards {
             budget: &mut self.budget,
             counters,
             value_bytes_max: self.value_bytes_max,
+            log: self.log.as_mut(),
         };
         self.shards.iter_mut().for_each(|shard| act(shard, &mut context));
     }
@@ -172,6 +178,9 @@ impl Shards {
     /// Empties them.
     pub(crate) fn flush(&mut self, now: UnixMillis, counters: &mut Counters) {
         self.each(now, counters, |shard, context| shard.flush(context));
+        if let Some(log) = &mut self.log {
+            log.empty();
+        }
         self.busy = true;
     }
 
@@ -223,6 +232,7 @@ impl Shards {
             budget: &mut self.budget,
             counters,
             value_bytes_max: self.value_bytes_max,
+            log: self.log.as_mut(),
         };
         for _ in 0..count {
             let place = self.served % count;

@@ -11,6 +11,7 @@ use crate::encoding::{Reader, Rope};
 use crate::locks::TxnId;
 use crate::model::TxnEnd;
 use crate::protocol::TxnResults;
+use smallvec::SmallVec;
 
 /// What a command of a transaction is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,12 +60,24 @@ pub(crate) enum Decision {
     Success = 2,
     /// Execute what is there for failure, and answer.
     Failure = 3,
+    /// What was executed is safe on all cores: unlock.
+    Settle = 4,
+    /// What was executed is not known to be safe on all cores: unlock, but do not show it.
+    Distrust = 5,
 }
 
 impl Decision {
     /// The decision with this number.
     pub(crate) fn from_number(number: u8) -> Self {
-        [Decision::Again, Decision::Release, Decision::Success, Decision::Failure][usize::from(number)]
+        let all = [
+            Decision::Again,
+            Decision::Release,
+            Decision::Success,
+            Decision::Failure,
+            Decision::Settle,
+            Decision::Distrust,
+        ];
+        all[usize::from(number)]
     }
 }
 
@@ -81,6 +94,8 @@ pub(crate) enum Vote {
     Done = 3,
     /// It takes no writes, and its part has one. What was locked is locked.
     ReadOnly = 4,
+    /// It has executed its part, and cannot make it durable.
+    NotDurable = 5,
 }
 
 impl Vote {
@@ -91,6 +106,7 @@ impl Vote {
             Vote::Prepared,
             Vote::Done,
             Vote::ReadOnly,
+            Vote::NotDurable,
         ];
         all[usize::from(number)]
     }
@@ -186,22 +202,36 @@ pub(crate) struct Coordinator {
     /// Its age.
     pub(crate) id: TxnId,
     participants: Vec<Participant>,
-    /// For each command, in order: what it is there for, and whose it is.
-    order: Box<[(Role, u16)]>,
+    /// For each command, in order.
+    order: Box<[Ordered]>,
     phase: Phase,
     /// The most bytes of values that may be read.
     read_bytes_max: u64,
     scope: Scope,
+    /// Writing cores keep what they wrote locked until all of it is durable.
+    settles: bool,
+}
+
+/// A command of a transaction, as its coordinator keeps it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ordered {
+    /// What it is there for.
+    pub(crate) role: Role,
+    /// Whose it is.
+    pub(crate) core: u16,
+    /// It may change something.
+    pub(crate) writes: bool,
 }
 
 impl Coordinator {
     /// Of commands in `order`; `costs` are those of the participants, each with its core. All were asked to prepare.
     pub(crate) fn new(
         id: TxnId,
-        order: Box<[(Role, u16)]>,
+        order: Box<[Ordered]>,
         costs: &[(u16, u32)],
         scope: Scope,
         read_bytes_max: u64,
+        settles: bool,
     ) -> Self {
         let participants = costs.iter().map(|(core, cost_bytes)| Participant {
             core: *core,
@@ -220,7 +250,23 @@ impl Coordinator {
             phase: Phase::Prepare,
             read_bytes_max,
             scope,
+            settles,
         }
+    }
+
+    /// The cores that write, of what was decided, when they are more than one: to find that out after a crash, each notes them.
+    pub(crate) fn writers(&self) -> SmallVec<[u16; 8]> {
+        let executed = match self.phase {
+            Phase::Decide(TxnEnd::Success) => Role::Success,
+            Phase::Decide(TxnEnd::Failure) => Role::Failure,
+            _ => return SmallVec::new(),
+        };
+        let writes = |core: u16| {
+            let mut of_core = self.order.iter().filter(|ordered| ordered.core == core);
+            self.scope == Scope::Store || of_core.any(|ordered| ordered.role == executed && ordered.writes)
+        };
+        let writers: SmallVec<[u16; 8]> = self.cores().filter(|core| writes(*core)).collect();
+        if writers.len() > 1 { writers } else { SmallVec::new() }
     }
 
     /// The participating cores.
@@ -295,26 +341,33 @@ impl Coordinator {
         again
     }
 
+    fn said(&self, vote: Vote) -> bool {
+        self.participants
+            .iter()
+            .any(|participant| participant.vote == Some(vote))
+    }
+
     /// What to do now.
     pub(crate) fn next(&mut self) -> Next {
         if self.participants.iter().any(|participant| participant.vote.is_none()) {
             return Next::Wait;
         }
         if let Phase::Decide(_) = self.phase {
-            return Next::Finish;
+            return match self.settles && !self.writers().is_empty() {
+                false => Next::Finish,
+                true if self.said(Vote::NotDurable) => Next::FinishAnd(Decision::Distrust),
+                true => Next::FinishAnd(Decision::Settle),
+            };
         }
-        let said = |vote| {
-            self.participants
-                .iter()
-                .any(|participant| participant.vote == Some(vote))
-        };
         let read_bytes: u64 = self.participants.iter().map(|participant| participant.read_bytes).sum();
         let mut checks = self.participants.iter().flat_map(|participant| &participant.checks);
-        let end = if said(Vote::ReadOnly) {
+        let end = if self.said(Vote::ReadOnly) {
             TxnEnd::ReadOnly
-        } else if said(Vote::NoMemory) {
+        } else if self.said(Vote::NotDurable) {
+            TxnEnd::NotDurable
+        } else if self.said(Vote::NoMemory) {
             TxnEnd::OutOfMemory
-        } else if said(Vote::TooLarge) || read_bytes > self.read_bytes_max {
+        } else if self.said(Vote::TooLarge) || read_bytes > self.read_bytes_max {
             TxnEnd::TooLarge
         } else if checks.all(|held| *held) {
             TxnEnd::Success
@@ -330,7 +383,7 @@ impl Coordinator {
             _ => Role::Failure,
         };
         let acts = match self.scope {
-            Scope::Keys => self.order.iter().any(|(of, _)| *of == role),
+            Scope::Keys => self.order.iter().any(|ordered| ordered.role == role),
             Scope::Reads => false,
             Scope::Store => true,
         };
@@ -362,7 +415,8 @@ impl Coordinator {
     }
 
     fn commands(&self) -> usize {
-        self.order.iter().filter(|(role, _)| *role == Role::Success).count()
+        let success = self.order.iter().filter(|ordered| ordered.role == Role::Success);
+        success.count()
     }
 
     /// What came of it.
@@ -370,10 +424,13 @@ impl Coordinator {
         let Phase::Decide(end) = self.phase else {
             unreachable!("it finishes after its decision")
         };
+        if self.said(Vote::NotDurable) {
+            return TxnResults::refused(TxnEnd::NotDurable, self.commands());
+        }
         let executed = match end {
             TxnEnd::Success => Some(Role::Success),
             TxnEnd::Failure => Some(Role::Failure),
-            TxnEnd::OutOfMemory | TxnEnd::TooLarge | TxnEnd::ReadOnly => None,
+            TxnEnd::OutOfMemory | TxnEnd::TooLarge | TxnEnd::ReadOnly | TxnEnd::NotDurable => None,
         };
         let (mut checks, mut replies) = (vec![], Rope::default());
         let bytes = self
@@ -382,7 +439,7 @@ impl Coordinator {
             .map(|participant| participant.results.flat.len());
         replies.flat.reserve(bytes.sum());
         let mut read = vec![(0, 0); self.participants.len()];
-        for (role, core) in &self.order {
+        for Ordered { role, core, .. } in &self.order {
             let at = self
                 .participants
                 .iter()
@@ -417,6 +474,10 @@ mod tests {
 
     const ID: TxnId = TxnId { clock: 1, core: 0 };
 
+    fn ordered(role: Role, core: u16, writes: bool) -> Ordered {
+        Ordered { role, core, writes }
+    }
+
     fn say(coordinator: &mut Coordinator, core: u16, vote: Vote, checks: &[bool], results: &[&str]) {
         let mut said = Rope::default();
         push_vote(&mut said.flat, vote, 7, checks);
@@ -442,8 +503,8 @@ mod tests {
     /// Whoever answers first, the results stand in the order of the commands; reads need no second answer.
     #[test]
     fn reads_stand_in_order() {
-        let order = [1u16, 0, 1, 1, 0].map(|core| (Role::Success, core));
-        let mut reads = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Reads, 14);
+        let order = [1u16, 0, 1, 1, 0].map(|core| ordered(Role::Success, core, false));
+        let mut reads = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Reads, 14, true);
         assert_eq!((reads.next(), reads.cost_bytes(1)), (Next::Wait, 50));
         say(&mut reads, 1, Vote::Prepared, &[], &["a", "c", "d"]);
         assert_eq!(reads.next(), Next::Wait);
@@ -464,12 +525,13 @@ mod tests {
             (Role::Success, 1),
             (Role::Failure, 1),
             (Role::Check, 1),
-        ];
+        ]
+        .map(|(role, core)| ordered(role, core, true));
         for (held, decision, expected) in [
             (true, Decision::Success, vec!["<s0>", "<s1>"]),
             (false, Decision::Failure, vec!["<f1>"]),
         ] {
-            let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
+            let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14, true);
             say(&mut txn, 0, Vote::Prepared, &[false], &[]);
             assert_eq!(txn.wound(0, 0), [0]);
             assert!(txn.wound(0, 0).is_empty(), "that was the attempt before");
@@ -492,7 +554,12 @@ mod tests {
                 assert_eq!(txn.next(), Next::Wait);
                 say(&mut txn, core, Vote::Done, &[], &of(core));
             }
-            assert_eq!(txn.next(), Next::Finish);
+            // With one writer there is nothing to settle.
+            let last = match held {
+                true => Next::FinishAnd(Decision::Settle),
+                false => Next::Finish,
+            };
+            assert_eq!(txn.next(), last);
             let results = txn.finish();
             assert_eq!(
                 (results.checks, text(&results.replies)),
@@ -508,8 +575,8 @@ mod tests {
             (Vote::Prepared, Vote::ReadOnly, TxnEnd::ReadOnly),
             (Vote::ReadOnly, Vote::NoMemory, TxnEnd::ReadOnly),
         ] {
-            let order = [(Role::Success, 0), (Role::Success, 1)];
-            let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14);
+            let order = [0, 1].map(|core| ordered(Role::Success, core, true));
+            let mut txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14, true);
             say(&mut txn, 0, first, &[], &[]);
             say(&mut txn, 1, second, &[], &[]);
             assert_eq!(txn.next(), Next::FinishAnd(Decision::Release));

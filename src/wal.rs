@@ -154,6 +154,11 @@ impl Log {
         self.open.epoch
     }
 
+    /// The last epoch of which no part of a transaction comes any more.
+    pub fn closed(&self) -> u64 {
+        self.open.closed
+    }
+
     /// Bytes that wait to be taken.
     #[inline]
     pub fn bytes(&self) -> usize {

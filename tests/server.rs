@@ -111,6 +111,7 @@ fn protobuf(command: proto::message::Command, result: proto::KeyResult) -> (Vec<
     let request = proto::Message {
         id,
         command: Some(command),
+        durable: false,
     };
     let response = proto::Response {
         id,

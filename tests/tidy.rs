@@ -27,8 +27,14 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["config", "encoding", "metrics", "model", "partition", "proto"],
     ),
     // L2: what a command does.
-    ("shard", &["budget", "metrics", "model", "partition", "store"]),
-    ("shards", &["budget", "metrics", "model", "partition", "shard"]),
+    (
+        "shard",
+        &["budget", "effect", "metrics", "model", "partition", "store", "wal"],
+    ),
+    (
+        "shards",
+        &["budget", "effect", "metrics", "model", "partition", "shard", "wal"],
+    ),
     ("locks", &[]),
     ("txn", &["encoding", "locks", "model", "protocol"]),
     // L3: one connection, one core.

@@ -3,13 +3,13 @@
 use super::{Engine, count_answered};
 use crate::encoding::Rope;
 use crate::gather::{Gather, Gathered};
-use crate::link::{BROADCAST_COST_BYTES, Direction, Request, Return, Wish, read_wound};
+use crate::link::{BROADCAST_COST_BYTES, Decided, Direction, Request, Return, Wish, read_wound};
 use crate::locks::TxnId;
 use crate::metrics::{ConnectionFacts, Prefixes, Report};
 use crate::model::{Broadcast, Class, Transaction, TxnEnd};
 use crate::protocol::{self, ServerFacts, Shape, TxnResults};
 use crate::session::{Blocked, Session};
-use crate::txn::{Coordinator, Decision, Next, Role, Scope};
+use crate::txn::{Coordinator, Decision, Next, Ordered, Role, Scope};
 
 /// Requests of less than this are few enough in a turn not to need a look at what is left of memory.
 const FREE_REQUEST_BYTES: u64 = 64 * 1024;
@@ -167,8 +167,13 @@ impl Engine {
             return true;
         }
         let txn = self.next_age();
-        let order = placed.iter().map(|placed| (placed.wish.role(), placed.core)).collect();
-        let coordinator = Coordinator::new(txn, order, costs, scope, self.config.limits.response_bytes_max());
+        let order = placed.iter().map(|placed| Ordered {
+            role: placed.wish.role(),
+            core: placed.core,
+            writes: placed.wish.writes(),
+        });
+        let read_bytes_max = self.config.limits.response_bytes_max();
+        let coordinator = Coordinator::new(txn, order.collect(), costs, scope, read_bytes_max, self.gates());
         let forwarded = costs.iter().any(|(core, _)| *core != self.core.0);
         let gather = Gather::new(shape, Gathered::Txn(coordinator));
         let number = session.expect_gathered(class, forwarded, gather);
@@ -209,7 +214,9 @@ impl Engine {
     /// Goes on with what is gathered at slot `number`, as far as what has come allows.
     pub(super) fn gathered(&mut self, session: &mut Session, id: u32, number: u32) {
         let to = self.return_to(session, id, number);
+        let epoch = self.log_epoch();
         let Ok(gather) = session.gather(number) else { return };
+        let shape_code = gather.shape().code;
         match &mut gather.of {
             Gathered::Report { missing: 0, .. } => {}
             Gathered::Report { .. } => return,
@@ -222,8 +229,13 @@ impl Engine {
                     Next::Finish => None,
                 };
                 if let Some(decision) = decision {
+                    let decided = Decided {
+                        decision,
+                        epoch,
+                        writers: &coordinator.writers(),
+                    };
                     for core in coordinator.cores() {
-                        self.links[usize::from(core)].push_decision(to, coordinator.id, decision);
+                        self.links[usize::from(core)].push_decision(to, shape_code, coordinator.id, &decided);
                     }
                 }
                 if let Next::Ask(_) = next {
@@ -257,7 +269,11 @@ impl Engine {
                 let is_read_only = coordinator.is_read_only();
                 self.metrics.counters.read_only_refusals += u64::from(is_read_only);
                 if coordinator.empties_the_store() {
-                    let report = if is_read_only { Report::ReadOnly } else { Report::Done };
+                    let report = match coordinator.finish().end {
+                        TxnEnd::ReadOnly => Report::ReadOnly,
+                        TxnEnd::NotDurable => Report::NotDurable,
+                        _ => Report::Done,
+                    };
                     protocol::encode_report(session.protocol, &shape, &report, &self.server_facts(), &mut reply);
                 } else {
                     let mut results = if has_room || !coordinator.only_reads() {
@@ -304,8 +320,13 @@ impl Engine {
             let again = coordinator.wound(link as u16, attempt);
             self.metrics.counters.txn_retries += u64::from(!again.is_empty());
             let to = self.return_to(&session, id, number);
+            let decided = Decided {
+                decision: Decision::Again,
+                epoch: 0,
+                writers: &[],
+            };
             for core in again {
-                self.links[usize::from(core)].push_decision(to, txn, Decision::Again);
+                self.links[usize::from(core)].push_decision(to, 0, txn, &decided);
             }
             self.unsettled = true;
         }

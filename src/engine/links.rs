@@ -70,12 +70,16 @@ impl Engine {
             Kind::Whole | Kind::Prepare => self.serve_part(link, &request, large),
             Kind::Decide => self.decide(link, &request),
             Kind::Wound => self.wounded(link, &request),
+            Kind::Progress => self.progressed(link, &request),
         }
     }
 
     /// Executes a command of another core and encodes the reply for it.
     #[inline(always)]
     pub(super) fn answer_command(&mut self, link: usize, request: &Request<'_>, command: &Command<'_>) {
+        if self.gates || request.shape.is_durable() {
+            return self.answer_logged(link, request, command);
+        }
         let start = self.links[link].begin_reply(request.to);
         let Request {
             hash, shard, protocol, ..

@@ -158,6 +158,10 @@ impl Engine {
     /// Sets what sessions may have waiting by what is left now.
     pub(super) fn see_shortage(&mut self) {
         self.own_limits = OwnLimits::new(&self.config.limits, self.pool.shortage());
+        if self.is_log_full() {
+            // Nothing is begun.
+            self.own_limits.in_flight = 0;
+        }
     }
 
     /// How many requests a session may begin now, at once. What is answered here oversteps its limit by so many replies.

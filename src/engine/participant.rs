@@ -65,6 +65,8 @@ pub(super) struct Part {
     voted: bool,
     /// Bytes set aside for its writes.
     reserved: usize,
+    /// It was executed, and what it wrote stays locked until it is safe on all cores.
+    settles: bool,
 }
 
 /// What is known of a part before it is executed.
@@ -84,6 +86,11 @@ pub(super) fn mode_of(command: &Command<'_>) -> Mode {
 
 fn mode(only_reads: bool) -> Mode {
     if only_reads { Mode::Shared } else { Mode::Exclusive }
+}
+
+/// The hashes of the keys of a part.
+pub(super) fn hashes<'a>(record: &PartRecord<'a>) -> impl Iterator<Item = u64> + use<'a> {
+    members(record.members).map(|member| member.hash)
 }
 
 fn members(mut body: Reader<'_>) -> impl Iterator<Item = Member<'_>> {
@@ -117,6 +124,7 @@ impl Engine {
                 attempt: 0,
                 voted: false,
                 reserved: 0,
+                settles: false,
             };
             return self.prepare(record.id, part);
         }
@@ -209,11 +217,11 @@ impl Engine {
     fn execute_whole(&mut self, parked: &Parked) {
         let request = Request::read(&mut Reader(&parked.record.flat));
         let record = PartRecord::read(&request);
+        if let Some(why) = self.refusal(&request, &record) {
+            return self.answer_refusal(parked.link, &request, why);
+        }
         if record.scope == Scope::Reads {
             return self.answer_reads(parked.link, &request, &record, Vote::Done);
-        }
-        if self.refuses(&record) {
-            return self.answer_read_only(parked.link, &request);
         }
         let large = parked.large_values();
         let Survey {
@@ -233,21 +241,31 @@ impl Engine {
         let start = self.links[parked.link].begin_reply(request.to);
         let replies = &mut self.links[parked.link].replies().flat;
         push_vote(replies, vote, price.read_bytes, &checks);
+        let position = self.log_position();
         if vote == Vote::Done {
             self.execute_members(parked.link, &request, &record, &large, role, price.charged_bytes);
         }
         self.links[parked.link].finish_reply(start);
+        let wrote = self.log_position() != position;
+        self.hold_part(parked.link, start, request.shape.code, wrote);
     }
 
-    /// This core takes no writes, and the part has one: whether it would come to that is not asked.
-    fn refuses(&self, record: &PartRecord<'_>) -> bool {
+    /// Why this core does nothing of a part: it takes no writes, and the part has one, whether it would come to that or not; or it
+    /// cannot vouch for what the part concerns.
+    fn refusal(&self, request: &Request<'_>, record: &PartRecord<'_>) -> Option<Vote> {
         let writes = || record.scope == Scope::Store || members(record.members).any(|member| !member.only_reads());
-        self.shards.refuses_writes() && writes()
+        if self.distrusts(record, &request.shape) {
+            Some(Vote::NotDurable)
+        } else if self.shards.refuses_writes() && writes() {
+            Some(Vote::ReadOnly)
+        } else {
+            None
+        }
     }
 
-    fn answer_read_only(&mut self, link: usize, request: &Request<'_>) {
+    fn answer_refusal(&mut self, link: usize, request: &Request<'_>, why: Vote) {
         let start = self.links[link].begin_reply(request.to);
-        push_vote(&mut self.links[link].replies().flat, Vote::ReadOnly, 0, &[]);
+        push_vote(&mut self.links[link].replies().flat, why, 0, &[]);
         self.links[link].finish_reply(start);
     }
 
@@ -285,7 +303,7 @@ impl Engine {
 
     /// A part that has its locks is in the way of an older request: its coordinator is told.
     pub(super) fn tell_of_wound(&mut self, id: TxnId) {
-        if let Some(part) = self.parts.get(&id).filter(|part| part.voted) {
+        if let Some(part) = self.parts.get(&id).filter(|part| part.voted && !part.settles) {
             self.links[usize::from(id.core)].push_wound(id, part.attempt);
         }
     }
@@ -303,11 +321,11 @@ impl Engine {
         let link = part.parked.link;
         let request = Request::read(&mut Reader(&part.parked.record.flat));
         let record = PartRecord::read(&request);
+        if let Some(why) = self.refusal(&request, &record) {
+            return self.answer_refusal(link, &request, why);
+        }
         if record.scope == Scope::Reads {
             return self.answer_reads(link, &request, &record, Vote::Prepared);
-        }
-        if self.refuses(&record) {
-            return self.answer_read_only(link, &request);
         }
         let large = part.parked.large_values();
         let Survey {
@@ -327,16 +345,24 @@ impl Engine {
         let start = self.links[link].begin_reply(request.to);
         push_vote(&mut self.links[link].replies().flat, vote, price.read_bytes, &checks);
         self.links[link].finish_reply(start);
+        if !checks.is_empty() {
+            // When one does not hold, that may be all that the client is told.
+            self.hold_part(link, start, 0, false);
+        }
     }
 
     /// Does with a part what its coordinator decided.
     pub(super) fn decide(&mut self, link: usize, request: &Request<'_>) {
-        let (id, decision) = read_decision(request);
+        let (id, decision, epoch, writers) = read_decision(request);
+        self.begin_epoch(epoch);
         let Some(mut part) = self.parts.remove(&id) else { return };
         self.unsettled = true;
+        if part.settles {
+            return self.settle_part(&part, decision);
+        }
         let reserved = std::mem::take(&mut part.reserved);
         let executed = match decision {
-            Decision::Again | Decision::Release => None,
+            Decision::Again | Decision::Release | Decision::Settle | Decision::Distrust => None,
             Decision::Success => Some(Role::Success),
             Decision::Failure => Some(Role::Failure),
         };
@@ -346,8 +372,20 @@ impl Engine {
             let record = PartRecord::read(&prepared);
             let start = self.links[link].begin_reply(request.to);
             push_vote(&mut self.links[link].replies().flat, Vote::Done, 0, &[]);
+            let position = self.log_position();
+            let is_shared = self.begin_logged_part(id, epoch, writers);
             self.execute_members(link, &prepared, &record, &large, role, reserved);
+            if is_shared {
+                self.finish_logged_part();
+            }
             self.links[link].finish_reply(start);
+            let wrote = self.log_position() != position;
+            self.hold_part(link, start, prepared.shape.code, wrote);
+            if is_shared && self.gates() {
+                part.settles = true;
+                self.parts.insert(id, part);
+                return;
+            }
         } else {
             self.shards.budget.release(reserved);
         }
@@ -359,6 +397,16 @@ impl Engine {
         } else {
             self.shards.budget.release_when_measured(part.parked.charged_bytes);
         }
+    }
+
+    /// What a part wrote is safe on all cores, or is known not to be: whoever waits for its keys goes on.
+    fn settle_part(&mut self, part: &Part, decision: Decision) {
+        if decision == Decision::Distrust {
+            let request = Request::read(&mut Reader(&part.parked.record.flat));
+            self.distrust(hashes(&PartRecord::read(&request)));
+        }
+        self.unlock(part);
+        self.shards.budget.release_when_measured(part.parked.charged_bytes);
     }
 
     /// The next members; what they need is on its way into the cache.
@@ -422,6 +470,7 @@ impl Engine {
         }
         amend_vote(&mut replies.flat, vote_at, refusal.unwrap_or(vote), read_bytes);
         self.links[link].finish_reply(start);
+        self.hold_part(link, start, request.shape.code, false);
     }
 
     /// Reads what a part asks for, and adds it to the reply. Returns why it stopped, if it did, and how many bytes of values it read.
@@ -464,6 +513,7 @@ impl Engine {
         if record.scope == Scope::Store {
             self.flush_at = None;
             self.shards.flush(self.now, &mut self.metrics.counters);
+            self.note_emptied();
             return;
         }
         self.shards.budget.use_reserved(reserved);
@@ -493,6 +543,9 @@ impl Engine {
             let command = member.command(value);
             let (protocol, shape) = (request.protocol, &request.shape);
             let target = Target::Link(link);
+            if self.gates() && !member.only_reads() {
+                self.note_written(member.hash);
+            }
             read_bytes += self.execute(member.shard, member.hash, &command, protocol, shape, target) as u64;
             finish_result(self.links[link].replies(), start);
         }

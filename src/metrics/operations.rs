@@ -20,7 +20,7 @@ const CLASSES: [Class; 6] = [
     Class::Touch,
     Class::Get,
 ];
-const OUTCOMES: [Outcome; 12] = [
+const OUTCOMES: [Outcome; 13] = [
     Outcome::Done,
     Outcome::NotFound,
     Outcome::Done,
@@ -33,6 +33,7 @@ const OUTCOMES: [Outcome; 12] = [
     Outcome::OutOfMemory,
     Outcome::TooLarge,
     Outcome::ReadOnly,
+    Outcome::NotDurable,
 ];
 const _: () = assert!(CLASSES.len() <= OPS_MAX && OUTCOMES.len() <= REPLIES_MAX);
 
@@ -54,11 +55,13 @@ pub enum Outcome {
     Error = 5,
     /// Writes are refused.
     ReadOnly = 6,
+    /// It cannot be made durable.
+    NotDurable = 7,
 }
 
 impl Outcome {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Outcome; 7] = [
+    pub const ALL: [Outcome; 8] = [
         Outcome::Done,
         Outcome::NotFound,
         Outcome::ConditionFailed,
@@ -66,6 +69,7 @@ impl Outcome {
         Outcome::TooLarge,
         Outcome::Error,
         Outcome::ReadOnly,
+        Outcome::NotDurable,
     ];
 
     /// The name in metrics.
@@ -78,6 +82,7 @@ impl Outcome {
             "too_large",
             "error",
             "read_only",
+            "not_durable",
         ][self as usize]
     }
 }
@@ -111,6 +116,7 @@ fn number_of_reply(reply: &Reply<'_>) -> usize {
         Reply::OutOfMemory => 9,
         Reply::TooLarge => 10,
         Reply::ReadOnly => 11,
+        Reply::NotDurable => 12,
     }
 }
 
@@ -261,6 +267,7 @@ mod tests {
             (Reply::OutOfMemory, Outcome::OutOfMemory),
             (Reply::TooLarge, Outcome::TooLarge),
             (Reply::ReadOnly, Outcome::ReadOnly),
+            (Reply::NotDurable, Outcome::NotDurable),
         ];
         assert_eq!((ops.len(), replies.len()), (CLASSES.len(), OUTCOMES.len()));
         for op in ops {

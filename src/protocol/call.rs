@@ -195,16 +195,19 @@ pub enum Outcome {
     TooLarge,
     /// The key's owner takes no writes.
     ReadOnly,
+    /// It cannot be made durable.
+    NotDurable,
 }
 
 impl Outcome {
-    const ALL: [Outcome; 6] = [
+    const ALL: [Outcome; 7] = [
         Outcome::Done,
         Outcome::NotFound,
         Outcome::OutOfMemory,
         Outcome::ConditionFailed,
         Outcome::TooLarge,
         Outcome::ReadOnly,
+        Outcome::NotDurable,
     ];
 }
 
@@ -257,6 +260,7 @@ pub(super) fn encode(reply: &Reply<'_>, out: &mut Rope) {
         Reply::OutOfMemory => (Outcome::OutOfMemory, false, Version(0)),
         Reply::TooLarge => (Outcome::TooLarge, false, Version(0)),
         Reply::ReadOnly => (Outcome::ReadOnly, false, Version(0)),
+        Reply::NotDurable => (Outcome::NotDurable, false, Version(0)),
     };
     let flat = &mut out.flat;
     flat.extend_from_slice(&[outcome as u8, u8::from(created)]);

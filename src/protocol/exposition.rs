@@ -233,6 +233,26 @@ const FAMILIES: &[Family] = &[
         "Requests that waited for a transaction to end.",
         &[(&[], |c| c.lock_waits)],
     ),
+    counter(
+        "memkv_held_replies",
+        "Replies that waited until what they tell was safe on disk.",
+        &[(&[], |c| c.held_replies)],
+    ),
+    counter(
+        "memkv_log_writes",
+        "Writes to the log, each of everything that waited.",
+        &[(&[], |c| c.log_writes)],
+    ),
+    counter(
+        "memkv_log_syncs",
+        "How often the log was made safe.",
+        &[(&[], |c| c.log_syncs)],
+    ),
+    counter(
+        "memkv_log_bytes",
+        "Bytes of effects written to the log.",
+        &[(&[], |c| c.log_bytes)],
+    ),
     counter("memkv_turns", "Turns of the event loop.", &[(&[], |c| c.turns)]),
     counter(
         "memkv_core_idle_seconds",

@@ -12,7 +12,7 @@
 //! Verbs in any case; blanks matter only inside a value; lines end in LF or CRLF and are UTF-8. What a client typed wrong is
 //! answered with an Error and a `mesg`, and an open transaction stays as it is.
 
-use super::{Buffered, Decoded, Decoder, Env, READ_ONLY, Shape, Step, TxnResults};
+use super::{Buffered, Decoded, Decoder, Env, NOT_DURABLE, READ_ONLY, Shape, Step, TxnResults};
 use crate::encoding::Rope;
 use crate::model::{Command, Delete, Op, Put, Reply, TxnEnd, Value};
 
@@ -251,6 +251,7 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         Reply::NotFound => out.push(&error(NO_SUCH_KEY)),
         Reply::OutOfMemory => out.push(&error(NO_MEMORY)),
         Reply::ReadOnly => out.push(&error(READ_ONLY)),
+        Reply::NotDurable => out.push(&error(NOT_DURABLE)),
         _ => out.push(&error("it could not be done")),
     }
 }
@@ -308,6 +309,7 @@ pub(super) fn encode_txn(shape: &Shape<'_>, mut results: TxnResults, out: &mut R
         TxnEnd::OutOfMemory => out.push(&error("the server's memory limit is reached: nothing was applied")),
         TxnEnd::TooLarge => out.push(&error("the value is too large for one response")),
         TxnEnd::ReadOnly => out.push(&error("the server is read-only: nothing was applied")),
+        TxnEnd::NotDurable => out.push(&error(NOT_DURABLE)),
     }
 }
 

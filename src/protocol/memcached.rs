@@ -53,6 +53,7 @@ const BAD_CHUNK: &[u8] = b"CLIENT_ERROR bad data chunk\r\n";
 const TOO_LARGE: &[u8] = b"SERVER_ERROR object too large for cache\r\n";
 const NO_MEMORY: &[u8] = b"SERVER_ERROR out of memory storing object\r\n";
 const READ_ONLY: &[u8] = b"SERVER_ERROR the server is read-only\r\n";
+const NOT_DURABLE: &[u8] = b"SERVER_ERROR not durable: the log cannot be written\r\n";
 const NOT_A_NUMBER: &[u8] = b"CLIENT_ERROR cannot increment or decrement non-numeric value\r\n";
 const END: &[u8] = b"END\r\n";
 const OK: &[u8] = b"OK\r\n";
@@ -655,7 +656,7 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
         }
         _ if shape.code & QUIET != 0 => {}
         // The old value is still there, so the client must not be told that it is not.
-        kind::TOO_LARGE if !matches!(reply, Reply::ReadOnly) => out.push(TOO_LARGE),
+        kind::TOO_LARGE if !matches!(reply, Reply::ReadOnly | Reply::NotDurable) => out.push(TOO_LARGE),
         kind => encode_line(kind, reply, out),
     }
 }
@@ -683,7 +684,11 @@ fn encode_value(code: u32, key: &[u8], reply: &Reply<'_>, out: &mut Rope) {
     }
     if code & LAST != 0 {
         // One line ends the answer, also where each of several keys was refused its new deadline.
-        out.push(if let Reply::ReadOnly = reply { READ_ONLY } else { END });
+        out.push(match reply {
+            Reply::ReadOnly => READ_ONLY,
+            Reply::NotDurable => NOT_DURABLE,
+            _ => END,
+        });
     }
 }
 
@@ -704,6 +709,7 @@ fn encode_line(kind: u32, reply: &Reply<'_>, out: &mut Rope) {
         // Only appending meets the limit here, and this is what memcached says then.
         Reply::TooLarge => b"NOT_STORED\r\n",
         Reply::ReadOnly => READ_ONLY,
+        Reply::NotDurable => NOT_DURABLE,
         Reply::OutOfMemory if kind == kind::COUNT => b"SERVER_ERROR out of memory in incr\r\n",
         Reply::OutOfMemory => NO_MEMORY,
     });
@@ -718,9 +724,10 @@ fn stat(out: &mut Rope, name: impl std::fmt::Display, value: impl std::fmt::Disp
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
     match (shape.code & 0xff, report) {
         (kind::RESET, _) => return out.push(b"RESET\r\n"),
-        (_, Report::Done | Report::ReadOnly) if shape.code & QUIET != 0 => return,
+        (_, Report::Done | Report::ReadOnly | Report::NotDurable) if shape.code & QUIET != 0 => return,
         (_, Report::Done) => return out.push(OK),
         (_, Report::ReadOnly) => return out.push(READ_ONLY),
+        (_, Report::NotDurable) => return out.push(NOT_DURABLE),
         (kind::STATS_ITEMS, Report::Metrics(cores)) => stats_items(&sum(cores), out),
         (kind::STATS_LATENCY, Report::Metrics(cores)) => stats_latency(&sum(cores), out),
         (kind::STATS_CORES, Report::Metrics(cores)) => stats_cores(cores, out),
@@ -838,6 +845,10 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("txns", c.txns),
         ("txn_retries", c.txn_retries),
         ("lock_waits", c.lock_waits),
+        ("held_replies", c.held_replies),
+        ("log_writes", c.log_writes),
+        ("log_syncs", c.log_syncs),
+        ("log_bytes", c.log_bytes),
         ("receive_buffers_exhausted", c.receive_buffers_exhausted),
     ] {
         stat(out, name, value);

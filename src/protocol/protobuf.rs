@@ -8,7 +8,7 @@
 //! A message of [`LARGE_VALUE_BYTES`] and more is collected into memory of its own, of which a single large value stays a
 //! part: it is never copied again.
 
-use super::{Decoded, Decoder, Env, READ_ONLY, ServerFacts, Shape, Step, TxnResults, is_http, is_text};
+use super::{Decoded, Decoder, Env, NOT_DURABLE, READ_ONLY, ServerFacts, Shape, Step, TxnResults, is_http, is_text};
 use crate::encoding::Rope;
 use crate::metrics::{Metrics, Report};
 use crate::model::{
@@ -305,7 +305,7 @@ fn decode<'a>(
     env: &Env<'a>,
 ) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(message);
-    let mut command = None;
+    let (mut command, mut durable) = (None, false);
     loop {
         let before = fields.0;
         let Some((number, field)) = fields.next()? else { break };
@@ -313,7 +313,8 @@ fn decode<'a>(
             (1, Field::Number(number)) => *id = id_field(&before[..before.len() - fields.0.len()], number, env),
             (2..=9, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
             (2..=9, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
-            (1..=9, _) => return Err(malformed("a field of the message is of a wrong type")),
+            (10, Field::Number(number)) => durable = number != 0,
+            (1..=10, _) => return Err(malformed("a field of the message is of a wrong type")),
             _ => {}
         }
     }
@@ -323,7 +324,19 @@ fn decode<'a>(
             reason: "the message has no command that this server knows".to_owned(),
         }));
     };
-    let text = *id;
+    let decoded = decode_command(number, body, id, collected, env)?;
+    Ok(if durable { decoded.durable() } else { decoded })
+}
+
+/// Decodes the command in field `number` of a message.
+#[inline(always)]
+fn decode_command<'a>(
+    number: u32,
+    body: &'a [u8],
+    text: &'a [u8],
+    collected: Option<&'a Bytes>,
+    env: &Env<'a>,
+) -> Result<Decoded<'a>, Box<Refusal>> {
     let other = Shape {
         code: kind::OTHER,
         text,
@@ -752,6 +765,7 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
         Reply::OutOfMemory => result.code = Code::OutOfMemory,
         Reply::TooLarge => result.code = Code::TooLarge,
         Reply::ReadOnly => result.code = Code::ReadOnly,
+        Reply::NotDurable => result.code = Code::NotDurable,
     }
     if shape.code & WITH_VERSION == 0 {
         result.version = 0;
@@ -791,6 +805,8 @@ pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope)
         }
         TxnEnd::ReadOnly if of_keys => (0..commands).for_each(|_| push_code(Code::ReadOnly, &mut replies)),
         TxnEnd::ReadOnly => return push_refusal(shape, Code::ReadOnly, READ_ONLY, out),
+        TxnEnd::NotDurable if of_keys => (0..commands).for_each(|_| push_code(Code::NotDurable, &mut replies)),
+        TxnEnd::NotDurable => return push_refusal(shape, Code::NotDurable, NOT_DURABLE, out),
         TxnEnd::Failure if of_keys => {
             for held in checks {
                 let code = if held { Code::Aborted } else { Code::ConditionFailed };
@@ -887,6 +903,7 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
     let metrics = match report {
         Report::Metrics(cores) => Some(metrics_report(cores.iter().map(|(_, metrics)| metrics), server)),
         Report::ReadOnly => return push_refusal(shape, Code::ReadOnly, READ_ONLY, out),
+        Report::NotDurable => return push_refusal(shape, Code::NotDurable, NOT_DURABLE, out),
         _ => None,
     };
     let response = Response {

@@ -159,7 +159,7 @@ pub(super) fn encode(_shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, out: &mu
 /// Encodes the reply to the only broadcast there is.
 pub(super) fn encode_report(report: &Report, out: &mut Rope) {
     out.push(match report {
-        Report::ReadOnly => INVALID,
+        Report::ReadOnly | Report::NotDurable => INVALID,
         _ => b"DELETED\r\n",
     });
 }

@@ -20,6 +20,7 @@ use crate::config::{Config, parse_duration};
 use crate::model::{
     Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, UnixMillis, Value, Version,
 };
+use crate::protocol::NOT_DURABLE;
 use crate::protocol::call::{Answer, Outcome, Text};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -750,12 +751,17 @@ fn refused(answer: &Answer) -> Problem {
     match answer.outcome {
         Outcome::TooLarge => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the value is too large"),
         Outcome::ReadOnly => read_only(),
+        Outcome::NotDurable => not_durable(),
         _ => no_memory(),
     }
 }
 
 fn read_only() -> Problem {
     Problem::new(StatusCode::FORBIDDEN, "the server is read-only: nothing was changed")
+}
+
+fn not_durable() -> Problem {
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, NOT_DURABLE)
 }
 
 fn no_memory() -> Problem {

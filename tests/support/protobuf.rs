@@ -12,7 +12,12 @@ pub const PIECES: [usize; 7] = [0, 4096, 1000, 100, 10, 3, 1];
 
 pub fn request(id: u64, command: impl Into<Option<Command>>) -> Vec<u8> {
     let command = command.into();
-    Request { id, command }.encode_length_delimited_to_vec()
+    Request {
+        id,
+        command,
+        ..Request::default()
+    }
+    .encode_length_delimited_to_vec()
 }
 
 pub fn get(keys: &[&[u8]], with_version: bool) -> Command {

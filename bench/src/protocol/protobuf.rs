@@ -54,7 +54,7 @@ mod code {
     pub(super) const NOT_FOUND: u64 = 1;
     pub(super) const CONDITION_FAILED: u64 = 2;
     /// In the order of their numbers.
-    pub(super) const NAMES: [&str; 11] = [
+    pub(super) const NAMES: [&str; 12] = [
         "OK",
         "NOT_FOUND",
         "CONDITION_FAILED",
@@ -66,6 +66,7 @@ mod code {
         "UNAVAILABLE",
         "ABORTED",
         "READ_ONLY",
+        "NOT_DURABLE",
     ];
 
     pub(super) fn name(code: u64) -> &'static [u8] {
@@ -705,6 +706,7 @@ mod tests {
             let message = proto::Message {
                 id: ID,
                 command: Some(command),
+                durable: false,
             };
             message.encode_length_delimited_to_vec()
         };
@@ -755,6 +757,7 @@ mod tests {
             let message = proto::Message {
                 id: ID,
                 command: Some(command),
+                durable: false,
             };
             message.encode_length_delimited_to_vec()
         };

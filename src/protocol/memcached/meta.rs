@@ -8,7 +8,7 @@
 
 use super::super::{Decoded, Env, Shape, Step, parse_u64, words};
 use super::{
-    BAD_CHUNK, BAD_FORMAT, ERROR, Found, NO_MEMORY, NOT_A_NUMBER, QUIET, READ_ONLY, Source, at_line, kind,
+    BAD_CHUNK, BAD_FORMAT, ERROR, Found, NO_MEMORY, NOT_A_NUMBER, NOT_DURABLE, QUIET, READ_ONLY, Source, at_line, kind,
     parse_deadline, parse_length,
 };
 use crate::encoding::{Rope, push_decimal};
@@ -449,6 +449,7 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
         }
         (_, Reply::NotANumber) => return out.push(NOT_A_NUMBER),
         (_, Reply::ReadOnly) => return out.push(READ_ONLY),
+        (_, Reply::NotDurable) => return out.push(NOT_DURABLE),
         _ => return out.push(NO_MEMORY),
     };
     out.push(code);

@@ -8,7 +8,7 @@ use crate::model::{
 };
 use crate::proto::{self, Code, condition::Is, entry::Expiry, operation::Operation as Kind};
 use crate::protocol::call::{Answer, Outcome, Text, TxnAnswer};
-use crate::protocol::{READ_ONLY, is_text};
+use crate::protocol::{NOT_DURABLE, READ_ONLY, is_text};
 use crate::runtime::calls::Calls;
 use prost::Message;
 use tonic::Status;
@@ -170,6 +170,7 @@ async fn together(
             "the values are too large together for one answer",
         )),
         TxnEnd::ReadOnly => Err(read_only()),
+        TxnEnd::NotDurable => Err(not_durable()),
     }
 }
 
@@ -181,11 +182,16 @@ fn done(answer: &Answer) -> Result<(), Status> {
         Outcome::OutOfMemory => Err(out_of_memory()),
         Outcome::TooLarge => Err(Status::resource_exhausted("the result is too large")),
         Outcome::ReadOnly => Err(read_only()),
+        Outcome::NotDurable => Err(not_durable()),
     }
 }
 
 fn read_only() -> Status {
     Status::failed_precondition(READ_ONLY)
+}
+
+fn not_durable() -> Status {
+    Status::unknown(NOT_DURABLE)
 }
 
 fn out_of_memory() -> Status {

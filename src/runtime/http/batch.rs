@@ -9,7 +9,7 @@
 //! of the operations. When a condition does not hold, nothing is done, and the status is 412.
 
 use super::conditions::{failed, tag, version_of};
-use super::{Body, Handler, JSON, Problem, Result, TextualValue, json, no_memory, read_only};
+use super::{Body, Handler, JSON, Problem, Result, TextualValue, json, no_memory, not_durable, read_only};
 use crate::model::{Check, Command, Condition, Deadline, Delete, Op, Put, Transaction, TxnEnd, UnixMillis, Value};
 use crate::protocol::call::{Answer, Outcome};
 use base64::Engine as _;
@@ -246,6 +246,7 @@ impl Handler {
             TxnEnd::Failure => Err(failed()),
             TxnEnd::OutOfMemory => Err(no_memory()),
             TxnEnd::ReadOnly => Err(read_only()),
+            TxnEnd::NotDurable => Err(not_durable()),
             TxnEnd::TooLarge => {
                 let detail = "the values are too large for one response";
                 Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail))
