@@ -171,7 +171,7 @@ impl Shards {
 
     /// Empties them.
     pub(crate) fn flush(&mut self, now: UnixMillis, counters: &mut Counters) {
-        self.each(now, counters, |shard, context| shard.flush(context));
+        self.each(now, counters, |shard, context| _ = shard.flush(context));
         self.busy = true;
     }
 

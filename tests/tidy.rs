@@ -20,14 +20,14 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("metrics", &["encoding", "model"]),
     // L1: siblings that never import each other.
     ("wal", &["effect", "model"]),
-    ("store", &["budget", "model", "partition"]),
+    ("store", &["budget", "effect", "model", "partition"]),
     ("proto", &[]),
     (
         "protocol",
         &["config", "encoding", "metrics", "model", "partition", "proto"],
     ),
     // L2: what a command does.
-    ("shard", &["budget", "metrics", "model", "partition", "store"]),
+    ("shard", &["budget", "effect", "metrics", "model", "partition", "store"]),
     ("shards", &["budget", "metrics", "model", "partition", "shard"]),
     ("locks", &[]),
     ("txn", &["encoding", "locks", "model", "protocol"]),
