@@ -376,7 +376,7 @@ mod tests {
         Item {
             key: format!("key{number}").into_bytes(),
             value: value.into(),
-            flags: if change % 3 == 0 { change } else { 0 },
+            flags: if change.is_multiple_of(3) { change } else { 0 },
             deadline: match change % 5 {
                 0 => Deadline::At(UnixMillis(NOW.0 + 1_000_000_000 + u64::from(change))),
                 _ => Deadline::Never,

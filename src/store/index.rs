@@ -1144,16 +1144,15 @@ mod tests {
             prop_assert_eq!(index.visit(0, usize::MAX, |location| all.push(location)), 0);
             prop_assert_eq!(all.len(), model.len(), "at rest, a walk sees everything once");
             // So do the parts, of whatever depth; and each item is in its own.
-            for bits in [0, index.prefix_bits().min(3), index.prefix_bits().min(7)] {
-                let mut parts = HashSet::new();
-                for (prefix, start) in (0..1 << bits).flat_map(|prefix| (0..FRACTIONS).step_by(1 << 13).map(move |start| (prefix, start))) {
-                    index.visit_part(bits, prefix, start..start + (1 << 13), &hash_of, |location, fraction| {
-                        assert_eq!(part_of(hash_of(location), bits), (prefix, fraction));
-                        assert!((start..start + (1 << 13)).contains(&fraction) && parts.insert(location));
-                    });
-                }
-                prop_assert_eq!(parts.len(), model.len());
+            let (bits, mut parts) = (index.prefix_bits().min(3 * u32::from(kind)), HashSet::new());
+            let ranges = |prefix| (0..FRACTIONS).step_by(1 << 13).map(move |start| (prefix, start));
+            for (prefix, start) in (0..1 << bits).flat_map(ranges) {
+                index.visit_part(bits, prefix, start..start + (1 << 13), &hash_of, |location, fraction| {
+                    assert_eq!(part_of(hash_of(location), bits), (prefix, fraction));
+                    assert!((start..start + (1 << 13)).contains(&fraction) && parts.insert(location));
+                });
             }
+            prop_assert_eq!(parts.len(), model.len());
             for location in all.into_iter().step_by(7) {
                 let (prefix, fraction) = part_of(hash_of(location), index.depth);
                 let mut seen = false;
