@@ -29,6 +29,7 @@ use std::sync::Arc;
 
 mod calls;
 mod gathered;
+mod images;
 mod interactive;
 mod journal;
 mod links;
@@ -121,6 +122,8 @@ pub struct Engine {
     stop_asked: bool,
     /// How far the log is; none without a data directory.
     journal: Option<Box<journal::Journal>>,
+    /// Snapshots; none without a data directory.
+    images: Option<Box<images::Images>>,
     /// Replies wait for the disk.
     gates: bool,
     /// Who may touch which key while transactions are under way.
@@ -190,6 +193,7 @@ impl Engine {
             resumable: vec![],
             stop_asked: false,
             journal: None,
+            images: None,
             gates: false,
             locks: Locks::default(),
             waiters: AHashMap::new(),

@@ -159,6 +159,8 @@ counters! {
     index_bytes,
     /// Bytes charged for the order in which items expire and are evicted (gauge).
     order_bytes,
+    /// Bytes charged for snapshots that are being made (gauge).
+    image_bytes,
     /// Bytes charged for values that are no longer stored, but still being sent (gauge).
     lingering_bytes,
     /// Bytes charged for what connections have received, and for replies that they have not taken (gauge).

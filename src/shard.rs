@@ -4,14 +4,16 @@
 //! between. Time, memory and counters come in as arguments.
 
 use crate::budget::Budget;
-use crate::effect::Image;
+use crate::effect::{Effect, Image};
 use crate::metrics::Counters;
 use crate::model::{
     Check, Combine, Command, Condition, Deadline, Delete, GetEffects, Increment, ItemView, LARGE_VALUE_BYTES,
     NewVersion, Op, Put, Removal, Reply, UnixMillis, Value, Version,
 };
 use crate::partition::Partitioner;
-use crate::store::{Access, FETCHED, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON};
+use crate::store::{
+    Access, FETCHED, IMAGE_STATE, ImageStep, ItemRef, KEY_ENCODED, OutOfMemory, Parts, Position, STALE, Store, WON,
+};
 use crate::wal::Log;
 use bytes::Bytes;
 
@@ -45,9 +47,6 @@ impl std::ops::AddAssign for Price {
         self.read_bytes += more.read_bytes;
     }
 }
-
-/// What of an item's state outlives the process. Whether it was read does not.
-const LASTING: u8 = STALE | WON | KEY_ENCODED;
 
 /// The owner of one token range.
 pub(crate) struct Shard {
@@ -89,12 +88,102 @@ impl Shard {
         counters.item_resident_bytes += self.store.resident_bytes() as u64;
         counters.index_bytes += self.store.index_bytes() as u64;
         counters.order_bytes += self.store.order_bytes() as u64;
+        counters.image_bytes += self.store.image_bytes() as u64;
         counters.lingering_bytes += self.store.lingering_bytes() as u64;
     }
 
-    /// Empties the shard at once; the memory comes back through [`Shard::tick`].
-    pub(crate) fn flush(&mut self, context: &mut Context<'_>) {
-        self.store.clear(context.budget);
+    /// Empties the shard at once; the memory comes back through [`Shard::tick`]. True when an image was under way: that is given
+    /// up, and whoever needs one begins another.
+    pub(crate) fn flush(&mut self, context: &mut Context<'_>) -> bool {
+        self.store.clear(context.budget)
+    }
+
+    /// Begins an image of the shard as it is now; one that is under way is given up. False when there is no memory for it.
+    pub(crate) fn begin_image(&mut self, context: &mut Context<'_>) -> bool {
+        self.store.begin_image(context.budget, context.now)
+    }
+
+    /// Appends more of the image: see [`Store::image_step`].
+    pub(crate) fn image_step(
+        &mut self,
+        stripes: usize,
+        bytes: usize,
+        out: &mut Vec<u8>,
+        context: &mut Context<'_>,
+    ) -> Option<ImageStep> {
+        self.store.image_step(context.budget, stripes, bytes, out)
+    }
+
+    /// Gives up the image; true when one was under way.
+    pub(crate) fn drop_image(&mut self, context: &mut Context<'_>) -> bool {
+        self.store.drop_image(context.budget)
+    }
+
+    /// Bytes of the image that were saved from being overwritten and wait for [`Shard::image_step`].
+    pub(crate) fn image_backlog_bytes(&self) -> usize {
+        self.store.image_backlog_bytes()
+    }
+
+    /// Does again what was done before the server was started, with one key: no client asked for it, and no client is counted. What
+    /// is over by now is not brought back. Not for [`Effect::Empty`], which is about all shards, nor for [`Effect::Part`], which
+    /// holds effects of several.
+    pub(crate) fn restore(
+        &mut self,
+        hash: u64,
+        effect: &Effect<'_>,
+        context: &mut Context<'_>,
+    ) -> Result<(), OutOfMemory> {
+        match *effect {
+            Effect::Put(image) => {
+                let old = self.store.find(hash, image.key);
+                if image.deadline.is_over(context.now) {
+                    old.into_iter()
+                        .for_each(|position| self.store.remove(context.budget, position));
+                    return Ok(());
+                }
+                let own;
+                let value = match image.value.len() {
+                    LARGE_VALUE_BYTES.. => {
+                        own = owned(image.value)?;
+                        Value::Large(&own)
+                    }
+                    _ => Value::Small(image.value),
+                };
+                let parts = Parts {
+                    value,
+                    flags: image.flags,
+                    deadline: image.deadline,
+                    state: image.state & IMAGE_STATE,
+                    ..empty(image.key, context.now)
+                };
+                let written = self.store.write(context.budget, hash, old, &parts);
+                if self.store.evicts() {
+                    self.count_evicted(context.counters);
+                }
+                written.map(drop)
+            }
+            Effect::Delete(key) => {
+                if let Some(position) = self.store.find(hash, key) {
+                    self.store.remove(context.budget, position);
+                }
+                Ok(())
+            }
+            Effect::Amend { key, deadline, state } => {
+                let Some(position) = self.store.find(hash, key) else {
+                    return Ok(());
+                };
+                if deadline.is_over(context.now) {
+                    self.store.remove(context.budget, position);
+                    return Ok(());
+                }
+                let amended = self.store.amend(context.budget, position, |parts| {
+                    parts.deadline = deadline;
+                    parts.state = state & IMAGE_STATE;
+                });
+                if amended { Ok(()) } else { Err(OutOfMemory) }
+            }
+            Effect::Empty | Effect::Part(_) => Ok(()),
+        }
     }
 
     /// Gives back a bounded piece of memory that nobody needs. False when there was none.
@@ -352,13 +441,11 @@ impl Shard {
         let own;
         let value = match put.value {
             Value::Small(bytes) if bytes.len() >= LARGE_VALUE_BYTES => {
-                let mut copy = Vec::new();
-                if copy.try_reserve_exact(bytes.len()).is_err() {
+                let Ok(copy) = owned(bytes) else {
                     context.counters.out_of_memory += 1;
                     return Reply::OutOfMemory;
-                }
-                copy.extend_from_slice(bytes);
-                own = Bytes::from(copy);
+                };
+                own = copy;
                 Value::Large(&own)
             }
             value => value,
@@ -454,7 +541,7 @@ impl Shard {
                         value: parts.value.bytes(),
                         flags: parts.flags,
                         deadline: parts.deadline,
-                        state: parts.state & LASTING,
+                        state: parts.state & IMAGE_STATE,
                     });
                 }
             }
@@ -467,7 +554,7 @@ impl Shard {
     fn log_amended(&self, position: Position, context: &mut Context<'_>) {
         if let Some(log) = &mut context.log {
             let item = self.store.item(position);
-            log.amend(item.key(), item.deadline(), item.state() & LASTING);
+            log.amend(item.key(), item.deadline(), item.state() & IMAGE_STATE);
         }
     }
 
@@ -514,7 +601,7 @@ impl Shard {
                 value: &[],
                 flags: 0,
                 deadline: item.deadline(),
-                state: item.state() & LASTING,
+                state: item.state() & IMAGE_STATE,
             });
         }
         Reply::Deleted(version)
@@ -638,6 +725,14 @@ impl Shard {
     }
 }
 
+/// A copy of a value in memory of its own.
+fn owned(value: &[u8]) -> Result<Bytes, OutOfMemory> {
+    let mut copy = Vec::new();
+    copy.try_reserve_exact(value.len()).map_err(|_| OutOfMemory)?;
+    copy.extend_from_slice(value);
+    Ok(Bytes::from(copy))
+}
+
 fn empty(key: &[u8], now: UnixMillis) -> Parts<'_> {
     Parts {
         key,
@@ -712,4 +807,187 @@ fn parse_number(value: &[u8]) -> Option<u64> {
     let ends = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
     let end = value.iter().position(ends).unwrap_or(value.len());
     std::str::from_utf8(&value[..end]).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::Pool;
+    use crate::effect;
+
+    const PARTITIONER: Partitioner = Partitioner::Hashed { seed: 5 };
+    const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
+
+    /// A shard with its core's part of things.
+    struct World {
+        shard: Shard,
+        budget: Budget,
+        counters: Counters,
+        now: UnixMillis,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let mut budget = Budget::new(Pool::new(1 << 30));
+            Self {
+                shard: Shard::new(PARTITIONER, false, NOW, &mut budget),
+                budget,
+                counters: Counters::default(),
+                now: NOW,
+            }
+        }
+
+        fn with<T>(&mut self, act: impl FnOnce(&mut Shard, &mut Context<'_>) -> T) -> T {
+            let mut context = Context {
+                now: self.now,
+                budget: &mut self.budget,
+                counters: &mut self.counters,
+                value_bytes_max: 1 << 20,
+                log: None,
+            };
+            act(&mut self.shard, &mut context)
+        }
+
+        fn restore(&mut self, effect: &Effect<'_>) {
+            let key = match effect {
+                Effect::Put(image) => image.key,
+                Effect::Delete(key) | Effect::Amend { key, .. } => key,
+                _ => panic!("of no key"),
+            };
+            let hash = PARTITIONER.place(key).hash;
+            self.with(|shard, context| shard.restore(hash, effect, context))
+                .unwrap();
+        }
+
+        /// All items, sorted.
+        fn image(&mut self) -> Vec<Vec<u8>> {
+            assert!(self.with(|shard, context| shard.begin_image(context)));
+            let mut out = vec![];
+            while !self
+                .with(|shard, context| shard.image_step(100, 1 << 16, &mut out, context))
+                .unwrap()
+                .done
+            {}
+            let (mut rest, mut items) = (&out[..], vec![]);
+            while !rest.is_empty() {
+                let before = rest;
+                effect::read(&mut rest).unwrap();
+                items.push(before[..before.len() - rest.len()].to_vec());
+            }
+            items.sort();
+            items
+        }
+    }
+
+    fn image<'a>(key: &'a [u8], value: &'a [u8]) -> effect::Image<'a> {
+        effect::Image {
+            key,
+            value,
+            flags: 0,
+            deadline: Deadline::Never,
+            state: 0,
+        }
+    }
+
+    /// An image brings back a shard with every field, in memory as it was, and counts no request.
+    #[test]
+    fn an_image_restores_a_shard() {
+        let mut one = World::new();
+        for number in 0..3000u32 {
+            let (key, value) = (format!("key{number}"), vec![number as u8; number as usize * 3]);
+            one.restore(&Effect::Put(effect::Image {
+                flags: number % 3,
+                deadline: match number % 4 {
+                    0 => Deadline::Never,
+                    more => Deadline::At(UnixMillis(NOW.0 + u64::from(more) * 1000)),
+                },
+                // Not all of these bits are an image's.
+                state: number as u8,
+                ..image(key.as_bytes(), &value)
+            }));
+        }
+        assert_eq!(one.counters.sets, 0);
+        let items = one.image();
+        assert_eq!(items.len(), 3000);
+        let mut other = World::new();
+        for item in &items {
+            let effect = effect::read(&mut &item[..]).unwrap();
+            let Effect::Put(image) = effect else { panic!("an item") };
+            assert_eq!(image.state & !IMAGE_STATE, 0);
+            other.restore(&effect);
+            // Twice is as good as once.
+            other.restore(&effect);
+        }
+        assert_eq!(other.image(), items);
+        assert_eq!(other.shard.store.payload_bytes(), one.shard.store.payload_bytes());
+        let hash = PARTITIONER.place(b"key2000").hash;
+        let command = Command {
+            key: b"key2000",
+            op: Op::Get {
+                version: false,
+                effects: None,
+            },
+        };
+        let large = other.with(|shard, context| match shard.execute(hash, &command, context) {
+            Reply::Found(found) => matches!(found.value, Value::Large(value) if value.len() == 6000),
+            _ => false,
+        });
+        assert!(large, "in memory of its own");
+        // A second later, a quarter of them is over.
+        other.now = UnixMillis(NOW.0 + 1000);
+        assert_eq!(other.image().len(), 2250);
+        let mut later = World::new();
+        later.now = other.now;
+        for item in &items {
+            later.restore(&effect::read(&mut &item[..]).unwrap());
+        }
+        assert_eq!(later.shard.store.len(), 2250);
+    }
+
+    /// What was done to a key since takes the place of what was there.
+    #[test]
+    fn later_effects_follow() {
+        let mut world = World::new();
+        let over = Deadline::At(NOW);
+        let later = Deadline::At(UnixMillis(NOW.0 + 5));
+        for key in [&b"a"[..], b"b", b"c", b"d", b"e"] {
+            world.restore(&Effect::Put(image(key, b"value")));
+        }
+        world.restore(&Effect::Delete(b"a"));
+        world.restore(&Effect::Delete(b"none"));
+        world.restore(&Effect::Put(effect::Image {
+            deadline: over,
+            ..image(b"b", b"newer")
+        }));
+        world.restore(&Effect::Amend {
+            key: b"c",
+            deadline: over,
+            state: 0,
+        });
+        world.restore(&Effect::Amend {
+            key: b"d",
+            deadline: later,
+            state: STALE | WON,
+        });
+        world.restore(&Effect::Amend {
+            key: b"none",
+            deadline: later,
+            state: 0,
+        });
+        world.restore(&Effect::Put(image(b"e", b"another")));
+        let mut expected = [vec![], vec![]];
+        effect::push_put(
+            &mut expected[0],
+            &effect::Image {
+                deadline: later,
+                state: STALE,
+                ..image(b"d", b"value")
+            },
+        );
+        effect::push_put(&mut expected[1], &image(b"e", b"another"));
+        expected.sort();
+        assert_eq!(world.image(), expected);
+        assert!(!world.with(|shard, context| shard.flush(context)));
+        assert_eq!(world.image(), Vec::<Vec<u8>>::new());
+    }
 }

@@ -1,10 +1,12 @@
 //! The shards of one core, with what they share: the core's part of the memory limit, and the work that time brings.
 
 use crate::budget::{Budget, Pool};
+use crate::effect::Effect;
 use crate::metrics::Counters;
 use crate::model::{Check, Command, CoreId, Reply, UnixMillis};
 use crate::partition::RangeTable;
 use crate::shard::{Context, Price, Shard};
+use crate::store::ImageStep;
 use crate::wal::Log;
 use std::sync::Arc;
 
@@ -163,6 +165,78 @@ impl Shards {
         self.shards[place].execute(hash, command, &mut context)
     }
 
+    fn with<T>(
+        &mut self,
+        shard: u16,
+        now: UnixMillis,
+        counters: &mut Counters,
+        act: impl FnOnce(&mut Shard, &mut Context<'_>) -> T,
+    ) -> T {
+        let place = self.place(shard);
+        let mut context = Context {
+            now,
+            budget: &mut self.budget,
+            counters,
+            value_bytes_max: self.value_bytes_max,
+            log: self.log.as_mut(),
+        };
+        act(&mut self.shards[place], &mut context)
+    }
+
+    /// Does again what was done to a key; false when there is no memory for it.
+    pub(crate) fn restore(
+        &mut self,
+        shard: u16,
+        hash: u64,
+        effect: &Effect<'_>,
+        now: UnixMillis,
+        counters: &mut Counters,
+    ) -> bool {
+        let restored = self.with(shard, now, counters, |shard, context| {
+            shard.restore(hash, effect, context)
+        });
+        restored.is_ok()
+    }
+
+    /// Empties one of them, of which nothing is noted.
+    pub(crate) fn empty(&mut self, shard: u16, now: UnixMillis, counters: &mut Counters) {
+        self.with(shard, now, counters, |shard, context| shard.flush(context));
+        self.busy = true;
+    }
+
+    /// Begins an image of one of them; false when there is no memory for that.
+    pub(crate) fn begin_image(&mut self, shard: u16, now: UnixMillis) -> bool {
+        let counters = &mut Counters::default();
+        self.with(shard, now, counters, |shard, context| shard.begin_image(context))
+    }
+
+    /// Appends more of it: see [`Shard::image_step`].
+    pub(crate) fn image_step(
+        &mut self,
+        shard: u16,
+        stripes: usize,
+        bytes: usize,
+        out: &mut Vec<u8>,
+        now: UnixMillis,
+    ) -> Option<ImageStep> {
+        let counters = &mut Counters::default();
+        self.with(shard, now, counters, |shard, context| {
+            shard.image_step(stripes, bytes, out, context)
+        })
+    }
+
+    /// Gives up the image that is under way.
+    pub(crate) fn drop_images(&mut self, now: UnixMillis) {
+        self.each(now, &mut Counters::default(), |shard, context| {
+            shard.drop_image(context);
+        });
+    }
+
+    /// Bytes that were saved for an image and that nobody has taken.
+    pub(crate) fn image_backlog_bytes(&self) -> usize {
+        self.shards.iter().map(Shard::image_backlog_bytes).sum()
+    }
+
     /// Does something with each shard in turn.
     fn each(&mut self, now: UnixMillis, counters: &mut Counters, mut act: impl FnMut(&mut Shard, &mut Context<'_>)) {
         let mut context = Context {
@@ -177,7 +251,7 @@ impl Shards {
 
     /// Empties them.
     pub(crate) fn flush(&mut self, now: UnixMillis, counters: &mut Counters) {
-        self.each(now, counters, |shard, context| shard.flush(context));
+        self.each(now, counters, |shard, context| _ = shard.flush(context));
         if let Some(log) = &mut self.log {
             log.empty();
         }

@@ -4,10 +4,12 @@
 //! code of the data path lives here and in three of its parts: [`index`] (where an item is), [`memory`] (what room it has there)
 //! and [`item`] (what it is). The index knows places and the memory slots; that there is an item in each slot to which the index
 //! leads, and nowhere else, is this module's part of the bargain. Two more parts know in which order items go: [`expiry`] (whose
-//! time is over) and [`eviction`] (who makes place); both lead to items by their hashes.
+//! time is over) and [`eviction`] (who makes place); both lead to items by their hashes. [`image`] remembers what the table was
+//! like at a moment, until that is written down.
 
 mod eviction;
 mod expiry;
+mod image;
 mod index;
 mod item;
 mod memory;
@@ -16,6 +18,7 @@ pub(crate) mod model;
 mod queue;
 
 pub(crate) use eviction::Evicted;
+pub(crate) use image::{IMAGE_STATE, ImageStep};
 pub(crate) use index::Position;
 pub(crate) use item::{Access, FETCHED, ItemRef, KEY_ENCODED, Parts, STALE, WON};
 
@@ -25,6 +28,7 @@ use crate::partition::Partitioner;
 use bytes::Bytes;
 use eviction::Eviction;
 use expiry::Expiry;
+use image::Image;
 use index::{Index, Keys, Location};
 use item::{ItemMut, Standing};
 use memory::{Memory, slot_bytes};
@@ -57,6 +61,8 @@ pub(crate) struct Store {
     eviction: Option<Eviction>,
     /// What is charged for the memory of the two.
     order_bytes: usize,
+    /// Under way: whoever changes an item says so first ([`Store::save_cell`]).
+    image: Option<Box<Image>>,
     /// Reused: items to be moved or evicted.
     chosen: Vec<Location>,
     /// Reused: entries of items that may be over.
@@ -127,6 +133,7 @@ impl Store {
             expiry: Expiry::default(),
             eviction: evicts.then(Eviction::default),
             order_bytes: 0,
+            image: None,
             chosen: vec![],
             due: vec![],
             copy: vec![],
@@ -223,6 +230,9 @@ impl Store {
 
     /// Sets and clears state bits of the item; false when there is no memory for the field.
     pub(crate) fn set_state(&mut self, budget: &mut Budget, position: Position, set: u8, clear: u8) -> bool {
+        if (set | clear) & IMAGE_STATE != 0 && self.image.is_some() {
+            self.save_item(budget, position);
+        }
         self.item_mut(position).set_state(set, clear)
             || self.amend(budget, position, |parts| parts.state = parts.state & !clear | set)
     }
@@ -340,6 +350,9 @@ impl Store {
         old: Option<Position>,
         parts: &Parts<'_>,
     ) -> Result<Position, OutOfMemory> {
+        if self.image.is_some() {
+            self.save_cell(budget, hash);
+        }
         if let Some(position) = old
             && let item = self.item(position)
             && item.is_as_large_as(parts)
@@ -496,6 +509,9 @@ impl Store {
 
     /// Gives the item another deadline; false when there is no memory for the field.
     pub(crate) fn touch(&mut self, budget: &mut Budget, position: Position, deadline: Deadline) -> bool {
+        if self.image.is_some() {
+            self.save_item(budget, position);
+        }
         let before = self.item(position).deadline();
         if self.item_mut(position).set_deadline(deadline) {
             let hash = self.hash_at(self.index.location(position));
@@ -545,6 +561,9 @@ impl Store {
 
     /// Removes the item.
     pub(crate) fn remove(&mut self, budget: &mut Budget, position: Position) {
+        if self.image.is_some() {
+            self.save_item(budget, position);
+        }
         let location = self.index.location(position);
         let item = item_at(&self.memory, location);
         self.with_deadline -= usize::from(item.deadline() != Deadline::Never);
@@ -567,8 +586,9 @@ impl Store {
     }
 
     /// Empties the table at once; its memory comes back through [`Store::tick`]. Falls back to removing one by one when
-    /// there is no memory for an empty index.
-    pub(crate) fn clear(&mut self, budget: &mut Budget) {
+    /// there is no memory for an empty index. True when an image was under way: that is given up.
+    pub(crate) fn clear(&mut self, budget: &mut Budget) -> bool {
+        let had_image = self.drop_image(budget);
         match Index::new() {
             Some(empty) => {
                 budget.charge_always(empty.bytes());
@@ -591,6 +611,7 @@ impl Store {
                 }
             }
         }
+        had_image
     }
 
     /// It is `now`. Does a bounded piece of what is to be done without a request: gives back memory that emptied tables, sizes
@@ -761,7 +782,11 @@ mod tests {
     }
 
     fn charged_for(store: &Store) -> usize {
-        store.resident_bytes() + store.index_bytes() + store.order_bytes() + store.lingering_bytes()
+        store.resident_bytes()
+            + store.index_bytes()
+            + store.order_bytes()
+            + store.lingering_bytes()
+            + store.image_bytes()
     }
 
     /// What is charged is exactly what the table says it uses, through growth, overwriting, removal and emptying.

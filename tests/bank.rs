@@ -41,6 +41,7 @@ impl Connection {
         let request = Request {
             id: 1,
             command: Some(command),
+            durable: false,
         };
         self.stream
             .write_all(&request.encode_length_delimited_to_vec())

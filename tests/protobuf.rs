@@ -250,7 +250,12 @@ fn refused_requests_leave_the_stream_in_step() {
     ];
     everywhere(&options, |ask| {
         let mut unknown = vec![];
-        Request { id: 9, command: None }.encode(&mut unknown).unwrap();
+        Request {
+            id: 9,
+            ..Request::default()
+        }
+        .encode(&mut unknown)
+        .unwrap();
         prost::encoding::bytes::encode(99, &b"of later".to_vec(), &mut unknown);
         let mut framed = vec![unknown.len() as u8];
         framed.extend_from_slice(&unknown);

@@ -20,7 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("metrics", &["encoding", "model"]),
     // L1: siblings that never import each other.
     ("wal", &["effect", "model"]),
-    ("store", &["budget", "model", "partition"]),
+    ("store", &["budget", "effect", "model", "partition"]),
     ("proto", &[]),
     (
         "protocol",
@@ -33,7 +33,16 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     (
         "shards",
-        &["budget", "effect", "metrics", "model", "partition", "shard", "wal"],
+        &[
+            "budget",
+            "effect",
+            "metrics",
+            "model",
+            "partition",
+            "shard",
+            "store",
+            "wal",
+        ],
     ),
     ("locks", &[]),
     ("txn", &["encoding", "locks", "model", "protocol"]),

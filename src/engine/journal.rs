@@ -9,6 +9,7 @@
 //! transactions. A core that is in a later epoch says so to the others; when all have, no part of a transaction that was decided in
 //! the earlier one is on its way any more: that epoch is *closed*. `docs/transactions.md` says why that suffices.
 
+use super::images::{BACKLOG_BYTES_MAX, Core, Images};
 use super::{Engine, Planned, Target};
 use crate::encoding::{Reader, Rope};
 use crate::link::{PartRecord, Progress, ReplyStart, Request, Return, ReturnBytes, read_progress};
@@ -174,8 +175,13 @@ impl Journal {
         }
     }
 
+    /// Somebody waits for this epoch to be safe.
+    pub(super) fn ask_for(&mut self, epoch: u64) {
+        self.asked = self.asked.max(epoch);
+    }
+
     /// The epoch that is safe on all cores.
-    fn safe(&self) -> u64 {
+    pub(super) fn safe(&self) -> u64 {
         self.progress.iter().map(|progress| progress.safe).min().unwrap_or(0)
     }
 
@@ -208,6 +214,7 @@ impl Engine {
             progress.epoch = FIRST_EPOCH;
         }
         self.gates = durability == Durability::Always;
+        self.images = Some(Box::new(Images::new(self.table.shards_of(self.core), self.now.0)));
     }
 
     /// Replies wait for the disk.
@@ -414,6 +421,23 @@ impl Engine {
     /// What the thread for this core's files is to do next. To be asked each turn until there is nothing; each is answered by
     /// [`Engine::disk_done`], in order.
     pub fn disk_job(&mut self) -> Option<Job> {
+        self.log_job().or_else(|| self.image_job())
+    }
+
+    fn image_job(&mut self) -> Option<Job> {
+        let (position, epoch) = (self.log_position(), self.log_epoch());
+        let journal = self.journal.as_mut()?;
+        let mut core = Core {
+            shards: &mut self.shards,
+            journal,
+            position,
+            epoch,
+            now: self.now,
+        };
+        self.images.as_mut()?.job(&mut core)
+    }
+
+    fn log_job(&mut self) -> Option<Job> {
         let (journal, log) = (self.journal.as_mut()?, self.shards.log.as_mut()?);
         let now_ms = self.now.0;
         if journal.failed.is_some() || journal.writing.is_some() || !journal.is_due(log, now_ms) {
@@ -465,9 +489,19 @@ impl Engine {
     pub fn disk_done(&mut self, done: Done) {
         match done {
             Done::Logged { buffers, synced } => self.logged(buffers, synced),
-            Done::Image { .. } => {}
+            Done::Image { buffer, .. } => {
+                if let Some(images) = &mut self.images {
+                    images.done(buffer);
+                }
+                self.see_whether_full();
+            }
             Done::Failed { log: true, why } => self.fail_log(why),
-            Done::Failed { log: false, .. } => {}
+            Done::Failed { log: false, why } => {
+                if let Some(images) = &mut self.images {
+                    images.failed(why);
+                }
+                self.shards.drop_images(self.now);
+            }
         }
         self.settle();
     }
@@ -547,7 +581,8 @@ impl Engine {
         let (Some(journal), Some(log)) = (&mut self.journal, &self.shards.log) else {
             return;
         };
-        let is_full = log.bytes() >= WAITING_BYTES_MAX && journal.failed.is_none();
+        let waits = log.bytes() >= WAITING_BYTES_MAX || self.shards.image_backlog_bytes() >= BACKLOG_BYTES_MAX;
+        let is_full = waits && journal.failed.is_none();
         if is_full == journal.is_full {
             return;
         }

@@ -12,6 +12,7 @@ impl Engine {
         self.hot_keys.age(self.now_ns);
         self.shards.tick(passed_ms, self.now, &mut self.metrics.counters);
         self.publish();
+        self.snapshot_when_due();
         if self.core.0 == 0 && self.flush_at.is_some_and(|at| at <= self.now) {
             self.flush_at = None;
             self.flush_by_time();
@@ -51,7 +52,7 @@ impl Engine {
 
     /// There is work to do even if nothing happens: the runtime should come again in a millisecond instead of sleeping.
     pub fn has_background_work(&self) -> bool {
-        self.shards.is_busy()
+        self.shards.is_busy() || self.images.as_ref().is_some_and(|images| images.is_walking())
     }
 
     fn check_timeouts(&mut self) {

@@ -274,6 +274,7 @@ const MEMORY: &[(&str, Counter)] = &[
     ("items", |c| c.item_resident_bytes),
     ("index", |c| c.index_bytes),
     ("order", |c| c.order_bytes),
+    ("images", |c| c.image_bytes),
     ("lingering", |c| c.lingering_bytes),
     ("connections", |c| c.connection_bytes),
 ];

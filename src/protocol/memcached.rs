@@ -833,6 +833,7 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("bytes_items_resident", c.item_resident_bytes),
         ("bytes_index", c.index_bytes),
         ("bytes_order", c.order_bytes),
+        ("bytes_images", c.image_bytes),
         ("bytes_lingering", c.lingering_bytes),
         ("bytes_connections", c.connection_bytes),
         ("bytes_charged", c.charged_bytes),

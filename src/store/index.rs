@@ -33,6 +33,7 @@
 //! segments of all sizes.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ops::Range;
 use std::ptr::NonNull;
 
 const SLOTS: usize = 9;
@@ -46,6 +47,8 @@ const CLASSES: usize = 4;
 const DISTANCES: [usize; 4] = [0, 1, 5, 17];
 const FRACTION_BITS: u32 = 15;
 const FRACTION_MAX: u64 = (1 << FRACTION_BITS) - 1;
+/// So many fractions there are.
+pub(crate) const FRACTIONS: u32 = 1 << FRACTION_BITS;
 const LOCATION_BITS: u32 = 34;
 const LOCATION_MAX: u64 = (1 << LOCATION_BITS) - 1;
 const DISTANCE_MASK: u64 = 3 << LOCATION_BITS;
@@ -187,6 +190,18 @@ fn spread(hash: u64) -> u64 {
 fn fraction_of(spread: u64) -> u32 {
     let tag = (spread as u8).max(1);
     (spread & FRACTION_MAX & !0xff) as u32 | u32::from(tag)
+}
+
+/// The first `bits` bits of a spread hash.
+fn prefix_of(spread: u64, bits: u32) -> usize {
+    // Two shifts, because a shift by all 64 bits is not defined.
+    ((spread >> 1) >> (63 - bits)) as usize
+}
+
+/// In which part of the hashes one is ([`Index::visit_part`]): its first bits, once spread, and its fraction.
+pub(crate) fn part_of(hash: u64, prefix_bits: u32) -> (usize, u32) {
+    let spread = spread(hash);
+    (prefix_of(spread, prefix_bits), fraction_of(spread))
 }
 
 fn home_of(fraction: u32, buckets: usize) -> usize {
@@ -396,8 +411,7 @@ impl Index {
     }
 
     fn place_of(&self, spread: u64) -> usize {
-        // Two shifts, because a shift by all 64 bits is not defined.
-        ((spread >> 1) >> (63 - self.depth)) as usize
+        prefix_of(spread, self.depth)
     }
 
     /// Where a spread hash leads: its segment, its home bucket there, and its tag.
@@ -744,6 +758,61 @@ impl Index {
         cursor
     }
 
+    /// Into how many parts, by the first bits of the hash, it is fit to be divided now: a part has about a segment.
+    pub(crate) fn prefix_bits(&self) -> u32 {
+        // Where few segments stand in very many places, some parts have more.
+        let segments = self.segment_bytes / size_of::<Bucket>() / buckets_of(CLASSES - 1);
+        self.depth.min(segments.max(1).ilog2() + 2)
+    }
+
+    /// Shows where the items of a part are, each once, with their fractions: those whose hashes begin with this prefix, of no more
+    /// bits than [`Index::prefix_bits`] once was, and have a fraction in this range. Unlike a place, a part is the same for ever,
+    /// however the index grows and shrinks. `keys` are as for [`Index::insert`].
+    pub(crate) fn visit_part(
+        &self,
+        prefix_bits: u32,
+        prefix: usize,
+        fractions: Range<u32>,
+        keys: &impl Keys,
+        mut visit: impl FnMut(Location, u32),
+    ) {
+        let places = 1 << (self.depth - prefix_bits);
+        let (mut place, end) = (prefix * places, (prefix + 1) * places);
+        while place < end {
+            let (first, span) = self.span_at(place);
+            let segment = self.directory[place];
+            place = first + span;
+            // A segment that other prefixes share: the words tell them apart, nearly always.
+            let shared = span > places;
+            let known = prefix_bits.saturating_sub(segment.base());
+            let belongs = |word: u64| {
+                if known <= WINDOW_BITS {
+                    let window = word >> (LOCATION_BITS + 2);
+                    return window >> (WINDOW_BITS - known) == prefix as u64 & ((1 << known) - 1);
+                }
+                prefix_of(spread(keys.hash(location_in(word))), prefix_bits) == prefix
+            };
+            let buckets = self.buckets(segment);
+            let last = home_of(fractions.end - 1, buckets.len());
+            for home in home_of(fractions.start, buckets.len())..=last {
+                let lowest = first_fraction(home, buckets.len());
+                // One more bit, for the home itself.
+                let mut distances = buckets[home].0[SPILLED] >> SPILLED_COUNT_BITS << 1 | 1;
+                while distances != 0 {
+                    let distance = distances.trailing_zeros() as usize;
+                    distances &= distances - 1;
+                    let bucket = &buckets[away(home, distance, buckets.len())];
+                    for slot in bucket.used(|word| distance_in(word) == distance) {
+                        let (word, fraction) = (bucket.word(slot), fraction_from(lowest, bucket.0[slot]));
+                        if fractions.contains(&fraction) && (!shared || belongs(word)) {
+                            visit(location_in(word), fraction);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// Takes the last segment apart, shows `freed` the locations that were in it and frees it; false when nothing is left.
     /// To empty an index of millions of items step by step; after the first step there is nothing else to do with it.
     pub(crate) fn free_segment(&mut self, mut freed: impl FnMut(Location)) -> bool {
@@ -1074,6 +1143,22 @@ mod tests {
             while { cursor = index.visit(cursor, 1000, |_| ()); cursor != 0 } {}
             prop_assert_eq!(index.visit(0, usize::MAX, |location| all.push(location)), 0);
             prop_assert_eq!(all.len(), model.len(), "at rest, a walk sees everything once");
+            // So do the parts, of whatever depth; and each item is in its own.
+            let (bits, mut parts) = (index.prefix_bits().min(3 * u32::from(kind)), HashSet::new());
+            let ranges = |prefix| (0..FRACTIONS).step_by(1 << 13).map(move |start| (prefix, start));
+            for (prefix, start) in (0..1 << bits).flat_map(ranges) {
+                index.visit_part(bits, prefix, start..start + (1 << 13), &hash_of, |location, fraction| {
+                    assert_eq!(part_of(hash_of(location), bits), (prefix, fraction));
+                    assert!((start..start + (1 << 13)).contains(&fraction) && parts.insert(location));
+                });
+            }
+            prop_assert_eq!(parts.len(), model.len());
+            for location in all.into_iter().step_by(7) {
+                let (prefix, fraction) = part_of(hash_of(location), index.depth);
+                let mut seen = false;
+                index.visit_part(index.depth, prefix, fraction..fraction + 1, &hash_of, |found, _| seen |= found == location);
+                prop_assert!(seen);
+            }
         }
     }
 

@@ -1,8 +1,9 @@
 //! A table beside a `HashMap` that knows nothing of buckets, slots, queues and budgets: what a run of bytes does to both must
 //! be the same, but for items that were evicted, and those are counted. For tests with random bytes, and for fuzzing.
 
-use super::{Access, OutOfMemory, Parts, Store};
+use super::{Access, IMAGE_STATE, OutOfMemory, Parts, Store, WON};
 use crate::budget::{Budget, Pool};
+use crate::effect::{self, Effect};
 use crate::model::{Deadline, UnixMillis, Value, Version};
 use crate::partition::Partitioner;
 use bytes::Bytes;
@@ -20,6 +21,8 @@ struct Expected {
     flags: u32,
     version: u64,
     deadline: Deadline,
+    /// Without what readers did.
+    state: u8,
 }
 
 struct Machine {
@@ -33,6 +36,10 @@ struct Machine {
     evicted: u64,
     /// Values that are being sent.
     held: Vec<Bytes>,
+    /// What must still come of the image that is under way.
+    image: Option<HashMap<Vec<u8>, Expected>>,
+    /// Reused: pieces of it.
+    out: Vec<u8>,
 }
 
 /// Takes bytes from the front; zeros when there are none.
@@ -59,6 +66,8 @@ pub(crate) fn check(mut data: &[u8]) {
         model: HashMap::new(),
         evicted: 0,
         held: vec![],
+        image: None,
+        out: vec![],
     };
     while !data.is_empty() {
         let [op, a, b, c] = take(&mut data);
@@ -70,7 +79,7 @@ pub(crate) fn check(mut data: &[u8]) {
 
 impl Machine {
     fn step(&mut self, op: u8, a: u8, b: u8, c: u8) {
-        match op % 16 {
+        match op % 20 {
             0..=4 => self.set(a, b, c),
             // Many at once, so that there are more items than a few.
             5 => (0..=b).for_each(|number| self.set(a.wrapping_add(number), c, number)),
@@ -84,10 +93,17 @@ impl Machine {
             }
             12 | 13 => self.pass(u64::from(a) << (b % 24)),
             14 => _ = self.store.yield_memory(&mut self.budget),
-            _ if a == 0 => {
-                self.store.clear(&mut self.budget);
+            15 if a == 0 => {
+                assert_eq!(self.store.clear(&mut self.budget), self.image.is_some());
                 self.model.clear();
+                self.image = None;
             }
+            16 if b == 0 => {
+                assert_eq!(self.store.drop_image(&mut self.budget), self.image.is_some());
+                self.image = None;
+            }
+            16 if self.image.is_none() || a == 0 => self.begin_image(),
+            16..=18 => _ = self.image_step(usize::from(a % 64), 1 << (b % 17)),
             _ => _ = self.store.tick(&mut self.budget, self.now),
         }
     }
@@ -122,6 +138,7 @@ impl Machine {
                     flags: item.flags(),
                     version: item.version().0,
                     deadline: item.deadline(),
+                    state: item.state() & IMAGE_STATE,
                 };
                 assert_eq!(found, *expected);
                 assert_eq!(item.key(), key);
@@ -146,7 +163,7 @@ impl Machine {
             deadline: self.deadline(c),
             version: Version(u64::from(c & 2)),
             accessed: Access::at(self.now.seconds()),
-            state: 0,
+            state: c >> 3,
         };
         // What an item that refers to nothing has now, it may keep.
         let shrinks_to = old.map_or(0, |position| match self.store.item(position) {
@@ -161,6 +178,7 @@ impl Machine {
                     flags: parts.flags,
                     version: parts.version.0,
                     deadline: parts.deadline,
+                    state: parts.state & IMAGE_STATE,
                 };
                 self.model.insert(key.clone(), expected);
             }
@@ -187,6 +205,11 @@ impl Machine {
     fn get(&mut self, a: u8, b: u8) {
         if let Some(position) = self.find(&Self::key(a)) {
             self.store.mark_access(position, self.now.seconds());
+            if b.is_multiple_of(5) {
+                // A write, perhaps: the position is good no more.
+                self.store.set_state(&mut self.budget, position, WON, 0);
+                return;
+            }
             if b.is_multiple_of(2)
                 && let Value::Large(value) = self.store.item(position).value()
             {
@@ -211,11 +234,56 @@ impl Machine {
             && self.store.amend(&mut self.budget, position, |parts| {
                 parts.version = Version(u64::from(b));
                 parts.flags = u32::from(b / 2);
+                parts.state ^= b & IMAGE_STATE;
             })
             && let Some(expected) = self.model.get_mut(&key)
         {
             (expected.version, expected.flags) = (u64::from(b), u32::from(b / 2));
+            expected.state ^= b & IMAGE_STATE;
         }
+    }
+
+    fn begin_image(&mut self) {
+        // Who was evicted is not in it.
+        (0..=u8::MAX).for_each(|number| _ = self.find(&Self::key(number)));
+        let mut expected = self.model.clone();
+        expected.retain(|_, item| !item.deadline.is_over(self.now));
+        assert!(self.store.begin_image(&mut self.budget, self.now));
+        self.image = Some(expected);
+    }
+
+    /// A piece of the image; true when nothing is missing.
+    fn image_step(&mut self, stripes: usize, bytes: usize) -> bool {
+        self.out.clear();
+        let step = self.store.image_step(&mut self.budget, stripes, bytes, &mut self.out);
+        assert_eq!(step.is_some(), self.image.is_some());
+        let (Some(expected), Some(step)) = (&mut self.image, step) else {
+            return true;
+        };
+        let (mut rest, mut items) = (&self.out[..], 0);
+        while !rest.is_empty() {
+            let Ok(Effect::Put(image)) = effect::read(&mut rest) else {
+                panic!("an image has items only")
+            };
+            let found = Expected {
+                value: image.value.to_vec(),
+                flags: image.flags,
+                version: 0,
+                deadline: image.deadline,
+                state: image.state,
+            };
+            let item = expected.remove(image.key);
+            assert_eq!(Some(found), item.map(|item| Expected { version: 0, ..item }));
+            items += 1;
+        }
+        assert_eq!(step.items, items);
+        let payload: usize = expected.iter().map(|(key, item)| key.len() + item.value.len()).sum();
+        assert!(self.store.image_backlog_bytes() <= payload + 21 * expected.len());
+        if step.done {
+            assert!(expected.is_empty(), "{} are missing", expected.len());
+            self.image = None;
+        }
+        step.done
     }
 
     /// Time passes, and what is over goes.
@@ -238,7 +306,8 @@ impl Machine {
     fn check_sums(&self) {
         let store = &self.store;
         let sum = store.resident_bytes() + store.index_bytes() + store.order_bytes() + store.lingering_bytes();
-        assert_eq!(self.budget.charged() as usize, sum);
+        assert_eq!(self.budget.charged() as usize, sum + store.image_bytes());
+        assert_eq!(store.image_bytes() > 0, self.image.is_some());
         if !self.evicts {
             let payload = |(key, expected): (&Vec<u8>, &Expected)| key.len() + expected.value.len();
             assert_eq!(store.payload_bytes(), self.model.iter().map(payload).sum::<usize>());
@@ -252,6 +321,7 @@ impl Machine {
         for number in 0..=u8::MAX {
             self.remove(number);
         }
+        while !self.image_step(100, 1 << 16) {}
         assert_eq!((self.store.len(), self.store.payload_bytes()), (0, 0));
         if let Some(evicted) = self.store.take_evicted() {
             assert!(
@@ -262,6 +332,10 @@ impl Machine {
         self.held.clear();
         self.pass(40_000_000_000_000);
         while self.store.tick(&mut self.budget, self.now) {}
+        // What was being sent, or held by an image, is looked at in pieces, and there is no more of it than was ever set.
+        for _ in 0..1000 {
+            self.store.tick(&mut self.budget, self.now);
+        }
         self.check_sums();
         assert_eq!(self.store.resident_bytes() + self.store.lingering_bytes(), 0);
     }
