@@ -152,9 +152,9 @@ pub struct Config {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16384))]
     pub shards: Option<u16>,
 
-    /// How keys are spread over shards.
-    #[arg(long, value_enum, default_value_t = PartitionerChoice::Hashed)]
-    pub partitioner: PartitionerChoice,
+    /// How keys are spread over shards [default: hashed; with --data-dir, for good].
+    #[arg(long, value_enum)]
+    pub partitioner: Option<PartitionerChoice>,
 
     /// With --partitioner ordered: the first keys of the second and all later shards, in order.
     #[arg(long, value_name = "K1,K2,...", value_delimiter = ',')]

@@ -477,7 +477,7 @@ fn check_limits(config: &Config) -> Result<(), StartError> {
 
 fn range_table(config: &Config, cores: u16) -> Result<RangeTable, StartError> {
     let seed = config.token_seed.unwrap_or_else(host::random);
-    match config.partitioner {
+    match config.partitioner.unwrap_or(PartitionerChoice::Hashed) {
         PartitionerChoice::Hashed if !config.boundaries.is_empty() => {
             Err(StartError("--boundaries needs --partitioner ordered".to_owned()))
         }

@@ -980,7 +980,7 @@ mod tests {
             &mut expected[0],
             &effect::Image {
                 deadline: later,
-                state: STALE,
+                state: STALE | WON,
                 ..image(b"d", b"value")
             },
         );

@@ -362,7 +362,7 @@ fn requests_go_to_the_owner() {
     for ordered in [false, true] {
         let mut config = config(2, true);
         if ordered {
-            config.partitioner = PartitionerChoice::Ordered;
+            config.partitioner = Some(PartitionerChoice::Ordered);
             config.boundaries = vec!["key 5".to_owned()];
         }
         let (server, address) = start(config);

@@ -242,17 +242,15 @@ pub(super) struct Core<'a> {
 }
 
 impl Engine {
-    /// Does again what an earlier server did with a key of this core, before [`Engine::keep_log`]. False: there is no memory for it.
-    pub fn restore(&mut self, key: &[u8], effect: &Effect<'_>) -> bool {
-        let place = self.table.place(key);
-        let shard = self.table.shard_of(place.token).0;
+    /// Does again what an earlier server did to one of this core's shards, before connections are served; nothing of it is noted.
+    /// `hash` is the key's. False: there is no memory for it.
+    pub fn restore(&mut self, shard: u16, hash: u64, effect: &Effect<'_>) -> bool {
         let counters = &mut self.metrics.counters;
-        self.shards.restore(shard, place.hash, effect, self.now, counters)
-    }
-
-    /// Empties one of this core's shards, as [`Engine::restore`].
-    pub fn restore_empty(&mut self, shard: ShardId) {
-        self.shards.empty(shard.0, self.now, &mut self.metrics.counters);
+        if let Effect::Empty = effect {
+            self.shards.empty(shard, self.now, counters);
+            return true;
+        }
+        self.shards.restore(shard, hash, effect, self.now, counters)
     }
 
     /// Begins a snapshot of this core's shards, or one more when the one that is under way ends. False without a data directory.

@@ -208,6 +208,9 @@ impl Machine {
             if b.is_multiple_of(5) {
                 // A write, perhaps: the position is good no more.
                 self.store.set_state(&mut self.budget, position, WON, 0);
+                if let Some(item) = self.model.get_mut(&Self::key(a)) {
+                    item.state |= WON;
+                }
                 return;
             }
             if b.is_multiple_of(2)
