@@ -3,10 +3,10 @@
 use crate::encoding::Reader;
 use crate::model::{Class, Command, Op, Reply};
 
-/// Protocols that are told apart, by their numbers. Like what follows a power of two: then a place in the table costs no
-/// multiplication, and a number that is masked is in it.
-pub const PROTOCOLS_MAX: usize = 8;
+/// Protocols that are told apart, by their numbers.
+pub const PROTOCOLS_MAX: usize = 6;
 const PATHS: usize = 2;
+/// Powers of two: then a place in the table costs no multiplication.
 const OPS_MAX: usize = 8;
 const REPLIES_MAX: usize = 16;
 const PLACES: usize = PROTOCOLS_MAX * PATHS * OPS_MAX * REPLIES_MAX;
@@ -139,8 +139,8 @@ impl Default for Operations {
 impl Operations {
     #[inline]
     fn place(protocol: usize, op: usize, reply: usize, forwarded: bool) -> usize {
-        let path = (protocol % PROTOCOLS_MAX) * PATHS + usize::from(forwarded);
-        (path * OPS_MAX + op % OPS_MAX) * REPLIES_MAX + reply % REPLIES_MAX
+        let path = protocol * PATHS + usize::from(forwarded);
+        (path * OPS_MAX + op) * REPLIES_MAX + reply
     }
 
     /// Counts a command that was executed. `forwarded`: for another core.
