@@ -271,8 +271,11 @@ impl Handler {
             let key = self.key(key)?;
             return match *request.method() {
                 Method::GET | Method::HEAD => self.get(&key, headers).await,
-                // The request that the key is a part of goes on.
-                Method::PUT => self.put(&key.into_owned(), request).await,
+                Method::PUT => {
+                    // The request that the key is a part of goes on.
+                    let key = key.into_owned();
+                    self.put(&key, request).await
+                }
                 Method::DELETE => self.delete(&key, &request).await,
                 _ => Err(Problem::method("GET, HEAD, PUT, DELETE")),
             };
