@@ -42,6 +42,9 @@ impl Engine {
     #[cold]
     #[inline(never)]
     pub(super) fn received_for_handler(&mut self, id: u32, mut session: Box<Session>, bytes: &[u8]) {
+        if session.input.capacity() == 0 {
+            session.input = self.buffers.pop().unwrap_or_default();
+        }
         self.keep_input(&mut session, bytes);
         session.tell();
         self.put_back(id, session);
@@ -76,8 +79,8 @@ impl Engine {
         read
     }
 
-    /// Writes to a handled connection.
-    pub fn write(&mut self, id: u32, bytes: &[u8]) -> Written {
+    /// Writes pieces to a handled connection, one behind the other.
+    pub fn write<'a>(&mut self, id: u32, pieces: impl Iterator<Item = &'a [u8]>) -> Written {
         let Some(mut session) = self.sessions.take(id) else {
             return Written::Failed;
         };
@@ -86,14 +89,25 @@ impl Engine {
             return Written::Failed;
         }
         let most = self.own_limits.output_bytes.max(OUTPUT_BYTES_MIN);
-        let taken = bytes.len().min(most.saturating_sub(session.output_bytes()));
-        if taken == 0 && !bytes.is_empty() {
+        let room = most.saturating_sub(session.output_bytes());
+        let (mut taken, mut is_full) = (0, false);
+        for piece in pieces.filter(|piece| !piece.is_empty()) {
+            if taken == room {
+                is_full = taken == 0;
+                break;
+            }
+            if taken == 0 {
+                self.ready_output(&mut session);
+            }
+            let bytes = piece.len().min(room - taken);
+            session.output.filling.push(&piece[..bytes]);
+            taken += bytes;
+        }
+        if is_full {
             session.wants_room = true;
             self.sessions.restore(id, session);
             return Written::Full;
         }
-        self.ready_output(&mut session);
-        session.output.filling.push(&bytes[..taken]);
         self.put_back(id, session);
         Written::Taken(taken)
     }

@@ -16,7 +16,8 @@ use futures_util::task::LocalSpawnExt;
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::{http1, http2};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -181,9 +182,9 @@ impl Gateway {
         }
     }
 
-    /// Polls the futures that were woken. False when there were none. The engine must not be borrowed.
-    pub(super) fn run(&mut self) -> bool {
-        let fired = TIMERS.with_borrow_mut(|timers| timers.fire());
+    /// Polls the futures that were woken. False when there were none. The engine must not be borrowed. `now`: the turn's time.
+    pub(super) fn run(&mut self, now: Instant) -> bool {
+        let fired = TIMERS.with_borrow_mut(|timers| timers.fire(now));
         if !std::mem::take(&mut self.is_woken) && !fired {
             return false;
         }
@@ -193,7 +194,7 @@ impl Gateway {
 
     /// How long the core may sleep without missing a timer.
     pub(super) fn sleep_max(&self) -> Option<Duration> {
-        TIMERS.with_borrow(Timers::next)
+        TIMERS.with_borrow_mut(Timers::next)
     }
 
     /// Has connections end when what they do is done.
@@ -263,6 +264,8 @@ async fn serve_grpc(handlers: Rc<Handlers>, socket: Socket, spawner: LocalSpawne
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_send_buf_size(SEND_BYTES_MAX)
+        // No client of gRPC asks when a response was made.
+        .auto_date_header(false)
         .serve_connection(socket, service);
     let mut connection = pin!(connection);
     let mut told = false;
@@ -350,22 +353,7 @@ impl Line {
     }
 
     fn write_now<'a>(&self, context: &Context<'_>, pieces: impl Iterator<Item = &'a [u8]>) -> Poll<io::Result<usize>> {
-        let written = self.with_engine(|engine| {
-            let mut taken = 0;
-            for piece in pieces.filter(|piece| !piece.is_empty()) {
-                match engine.write(self.id, piece) {
-                    Written::Taken(bytes) => {
-                        taken += bytes;
-                        if bytes < piece.len() {
-                            break;
-                        }
-                    }
-                    Written::Full if taken > 0 => break,
-                    written => return written,
-                }
-            }
-            Written::Taken(taken)
-        });
+        let written = self.with_engine(|engine| engine.write(self.id, pieces));
         match written.unwrap_or(Written::Failed) {
             Written::Taken(bytes) => Poll::Ready(Ok(bytes)),
             Written::Full => {
@@ -475,6 +463,12 @@ struct Tasks(LocalSpawner);
 
 impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for Tasks {
     fn execute(&self, future: F) {
+        let mut future = Box::pin(future);
+        // Most are over when they are polled once, and then the connection sends what they said before it returns. Whoever wakes one
+        // that is not finds it in the pool, which polls it first.
+        if future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
+            return;
+        }
         // It fails only when the pool is gone, and with it all that could wait for the future.
         let _ = self.0.spawn_local(future);
     }
@@ -483,65 +477,122 @@ impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for Tasks {
 thread_local! {
     /// This core's timers. They have no place in [`Handlers`], because hyper demands of a timer that it can move between threads;
     /// these do not.
-    static TIMERS: RefCell<Timers> = const { RefCell::new(Timers::new()) };
+    static TIMERS: RefCell<Timers> = RefCell::new(Timers::new());
 }
 
 /// Who is to be woken when.
+///
+/// Every request has a timer, and next to none of them is ever waited for. So one that is given up only loses its place in `sleepers`;
+/// what stands in `queue` for it is passed over when its moment comes, or swept out when there is too much of that.
 struct Timers {
-    /// By moment, and a number that keeps two of the same moment apart.
-    waiting: BTreeMap<(Instant, u64), Waker>,
-    last: u64,
+    /// The turn's time: as exact as a timer is.
+    now: Instant,
+    /// By place: who waits there, and for when.
+    sleepers: Vec<Option<(Instant, Waker)>>,
+    free: Vec<u32>,
+    /// Moments and places, the next one first.
+    queue: BinaryHeap<Reverse<(Instant, u32)>>,
 }
 
+/// So many places in the queue that nobody waits at are not worth sweeping.
+const GIVEN_UP_MAX: usize = 64;
+
 impl Timers {
-    const fn new() -> Self {
+    fn new() -> Self {
         Self {
-            waiting: BTreeMap::new(),
-            last: 0,
+            now: Instant::now(),
+            sleepers: vec![],
+            free: vec![],
+            queue: BinaryHeap::new(),
         }
     }
 
     /// Wakes those whose moment has come; true if there were any.
-    fn fire(&mut self) -> bool {
-        if self.waiting.is_empty() {
-            return false;
-        }
-        let now = Instant::now();
+    fn fire(&mut self, now: Instant) -> bool {
+        self.now = now;
         let mut fired = false;
-        while let Some(first) = self.waiting.first_entry()
-            && first.key().0 <= now
+        while let Some(&Reverse((moment, place))) = self.queue.peek()
+            && moment <= now
         {
-            first.remove().wake();
-            fired = true;
+            self.queue.pop();
+            if let Some((_, waker)) = self.waits(moment, place) {
+                waker.wake_by_ref();
+                fired = true;
+            }
         }
         fired
     }
 
-    fn next(&self) -> Option<Duration> {
-        let (moment, _) = self.waiting.first_key_value()?.0;
-        Some(moment.saturating_duration_since(Instant::now()))
+    /// Whether somebody waits for what stands in the queue.
+    fn waits(&self, moment: Instant, place: u32) -> Option<&(Instant, Waker)> {
+        let sleeper = self.sleepers.get(place as usize)?.as_ref();
+        sleeper.filter(|(until, _)| *until == moment)
     }
+
+    fn next(&mut self) -> Option<Duration> {
+        loop {
+            let &Reverse((moment, place)) = self.queue.peek()?;
+            if self.waits(moment, place).is_some() {
+                return Some(moment.saturating_duration_since(Instant::now()));
+            }
+            self.queue.pop();
+        }
+    }
+
+    /// Has somebody wait; the place is to be given to [`Timers::forget`].
+    fn add(&mut self, moment: Instant, waker: Waker) -> u32 {
+        let waiting = self.sleepers.len() - self.free.len();
+        if self.queue.len() > 2 * waiting + GIVEN_UP_MAX {
+            let mut queue = std::mem::take(&mut self.queue);
+            queue.retain(|&Reverse((moment, place))| self.waits(moment, place).is_some());
+            self.queue = queue;
+        }
+        let sleeper = Some((moment, waker));
+        let place = match self.free.pop() {
+            Some(place) => {
+                self.sleepers[place as usize] = sleeper;
+                place
+            }
+            None => {
+                self.sleepers.push(sleeper);
+                (self.sleepers.len() - 1) as u32
+            }
+        };
+        self.queue.push(Reverse((moment, place)));
+        place
+    }
+
+    fn forget(&mut self, place: u32) {
+        self.sleepers[place as usize] = None;
+        self.free.push(place);
+    }
+}
+
+/// The turn's time.
+fn now() -> Instant {
+    TIMERS.with_borrow(|timers| timers.now)
 }
 
 /// A future that is ready from a moment on.
 pub(super) struct Sleep {
     moment: Instant,
-    /// Its number among the timers of its core, while it waits.
-    number: Option<u64>,
+    /// Its place among the timers of its core, while it waits.
+    place: Option<u32>,
 }
 
 /// Waits.
 pub(super) fn sleep(duration: Duration) -> Sleep {
-    Sleep {
-        moment: Instant::now() + duration,
-        number: None,
-    }
+    Sleep::until(now() + duration)
 }
 
 impl Sleep {
+    fn until(moment: Instant) -> Self {
+        Self { moment, place: None }
+    }
+
     fn forget(&mut self) {
-        if let Some(number) = self.number.take() {
-            TIMERS.with_borrow_mut(|timers| timers.waiting.remove(&(self.moment, number)));
+        if let Some(place) = self.place.take() {
+            TIMERS.with_borrow_mut(|timers| timers.forget(place));
         }
     }
 }
@@ -550,18 +601,23 @@ impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if self.moment <= Instant::now() {
-            self.forget();
-            return Poll::Ready(());
-        }
-        TIMERS.with_borrow_mut(|timers| {
-            let number = *self.number.get_or_insert_with(|| {
-                timers.last += 1;
-                timers.last
-            });
-            timers.waiting.insert((self.moment, number), context.waker().clone());
+        let is_over = TIMERS.with_borrow_mut(|timers| {
+            let is_over = self.moment <= timers.now;
+            let sleeper = self.place.and_then(|place| timers.sleepers[place as usize].as_mut());
+            match sleeper {
+                _ if is_over => {}
+                Some((_, waker)) => waker.clone_from(context.waker()),
+                None => self.place = Some(timers.add(self.moment, context.waker().clone())),
+            }
+            is_over
         });
-        Poll::Pending
+        match is_over {
+            true => {
+                self.forget();
+                Poll::Ready(())
+            }
+            false => Poll::Pending,
+        }
     }
 }
 
@@ -583,7 +639,11 @@ impl hyper::rt::Timer for CoarseTimer {
     }
 
     fn sleep_until(&self, moment: Instant) -> Pin<Box<dyn hyper::rt::Sleep>> {
-        Box::pin(Sleep { moment, number: None })
+        Box::pin(Sleep::until(moment))
+    }
+
+    fn now(&self) -> Instant {
+        now()
     }
 
     fn reset(&self, sleep: &mut Pin<Box<dyn hyper::rt::Sleep>>, moment: Instant) {

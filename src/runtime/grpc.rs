@@ -14,47 +14,61 @@ mod reply;
 
 use super::calls::Calls;
 use super::gateway::sleep;
+use bytes::Bytes;
 use codec::Codec;
 use futures_util::future::{Either, Ready, ready, select};
 use futures_util::stream::Stream;
 use held::{Counted, Held};
 use http::header::{ALLOW, CONTENT_TYPE};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::Full;
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
+use http_body::{Body as _, Frame};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use prost::Message;
+pub(super) use reply::Body;
+use reply::PREFIX_BYTES;
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
-use tonic::body::Body;
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::MetadataValue;
 use tonic::server::{Grpc, ServerStreamingService, StreamingService};
 use tonic::{Code, Status, Streaming};
 
+/// A request whose body has not been read.
+type Received<'a> = (&'a Parts, Incoming);
+
 /// The name of the service, as health and reflection know it.
 const SERVICE: &str = "memkv.KV";
 
+static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+static GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+
 /// Answers one request of an HTTP/2 connection.
 pub(super) async fn serve(calls: Calls, request: Request<Incoming>) -> Response<Body> {
-    if let Some(refusal) = refused_as_http(&request) {
+    let (head, body) = request.into_parts();
+    if let Some(refusal) = refused_as_http(&head) {
         return refusal;
     }
-    match timeout(request.headers()) {
-        Err(status) => status.into_http(),
-        Ok(None) => answer(&calls, request).await,
-        Ok(Some(Duration::ZERO)) => late(),
-        Ok(Some(timeout)) => match select(pin!(answer(&calls, request)), pin!(sleep(timeout))).await {
-            Either::Left((response, _)) => response,
-            Either::Right(_) => late(),
-        },
+    let timeout = match timeout(&head.headers) {
+        Ok(Some(Duration::ZERO)) => return late(),
+        Ok(timeout) => timeout,
+        Err(status) => return status.into_http(),
+    };
+    let answer = pin!(answer(&calls, &head, body));
+    let Some(timeout) = timeout else {
+        return answer.await;
+    };
+    match select(answer, pin!(sleep(timeout))).await {
+        Either::Left((response, _)) => response,
+        Either::Right(_) => late(),
     }
 }
 
-async fn answer(calls: &Calls, request: Request<Incoming>) -> Response<Body> {
-    // The parts of a URI are counted references.
-    let uri = request.uri().clone();
-    match uri.path() {
+async fn answer(calls: &Calls, head: &Parts, body: Incoming) -> Response<Body> {
+    let request = (head, body);
+    match head.uri.path() {
         "/memkv.KV/Get" => unary(calls, request, |message| kv::get(calls, message)).await,
         "/memkv.KV/Put" => unary(calls, request, |message| kv::put(calls, message)).await,
         "/memkv.KV/Delete" => unary(calls, request, |message| kv::delete(calls, message)).await,
@@ -63,34 +77,35 @@ async fn answer(calls: &Calls, request: Request<Incoming>) -> Response<Body> {
         "/memkv.KV/Txn" => unary(calls, request, |message| kv::txn(calls, message)).await,
         "/memkv.KV/Metrics" => unary(calls, request, |message| kv::metrics(calls, message)).await,
         "/grpc.health.v1.Health/Check" => unary(calls, request, health::check).await,
-        "/grpc.health.v1.Health/Watch" => server_stream(calls, request, health::watch).await,
+        // In boxes: the future of every request has room for the largest of all.
+        "/grpc.health.v1.Health/Watch" => Box::pin(server_stream(calls, request, health::watch)).await,
         "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
         | "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo" => {
-            both_stream(calls, request, reflection::answers).await
+            Box::pin(both_stream(calls, request, reflection::answers)).await
         }
         path => Status::unimplemented(format!("there is no method {path}")).into_http(),
     }
 }
 
 /// Requests that are not gRPC are answered in the words of HTTP.
-fn refused_as_http(request: &Request<Incoming>) -> Option<Response<Body>> {
+fn refused_as_http(head: &Parts) -> Option<Response<Body>> {
     let refuse = |status, reason: &'static str| {
-        let mut response = Response::new(match *request.method() {
-            Method::HEAD => Body::empty(),
-            _ => Body::new(Full::from(reason)),
+        let mut response = Response::new(match head.method {
+            Method::HEAD => Body::default(),
+            _ => Body::Other(tonic::body::Body::new(Full::from(reason))),
         });
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         response
     };
-    if request.method() != Method::POST {
+    if head.method != Method::POST {
         let reason = "this port is for gRPC, whose requests are POST\n";
         let mut response = refuse(StatusCode::METHOD_NOT_ALLOWED, reason);
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
         return Some(response);
     }
-    let content_type = request.headers().get(CONTENT_TYPE);
+    let content_type = head.headers.get(CONTENT_TYPE);
     if !content_type.is_some_and(|content_type| is_grpc(content_type.as_bytes())) {
         let reason = "this port is for gRPC, of content-type application/grpc or application/grpc+proto\n";
         return Some(refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, reason));
@@ -116,7 +131,7 @@ fn is_grpc(content_type: &[u8]) -> bool {
 
 /// How long the client waits: `grpc-timeout`, up to eight digits and a unit.
 fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
-    let Some(text) = headers.get("grpc-timeout").map(HeaderValue::as_bytes) else {
+    let Some(text) = headers.get(&GRPC_TIMEOUT).map(HeaderValue::as_bytes) else {
         return Ok(None);
     };
     let parsed = text.split_last().and_then(|(unit, digits)| {
@@ -145,7 +160,7 @@ fn late() -> Response<Body> {
 }
 
 /// Serves a method with one request and one response. What both take is counted.
-async fn unary<Q, R, F, Fut>(calls: &Calls, request: Request<Incoming>, method: F) -> Response<Body>
+async fn unary<Q, R, F, Fut>(calls: &Calls, request: Received<'_>, method: F) -> Response<Body>
 where
     Q: Message + Default + 'static,
     R: Message + 'static,
@@ -164,12 +179,35 @@ where
 }
 
 /// The message of a request that has one.
-async fn only_message<Q: Message + Default + 'static>(calls: &Calls, request: Request<Incoming>) -> Result<Q, Status> {
+async fn only_message<Q: Message + Default + 'static>(calls: &Calls, request: Received<'_>) -> Result<Q, Status> {
     let limits = &calls.config().limits;
-    let codec = Codec::<Q, ()>::new(limits.request_keys_max as usize);
-    let encoding = encoding(request.headers())?;
-    let body = Counted::new(request.into_body(), Held::new(calls));
-    let mut messages = Streaming::new_request(codec, body, encoding, Some(limits.request_bytes_max() as usize));
+    let (keys_max, bytes_max) = (limits.request_keys_max as usize, limits.request_bytes_max() as usize);
+    let (head, body) = request;
+    let encoding = encoding(&head.headers)?;
+    let mut body = Counted::new(body, Held::new(calls));
+    // What is usual, all of it in one frame, needs no buffers.
+    if let Some(frame) = body.frame().await.transpose()? {
+        if let Some(message) = frame.data_ref().and_then(|data| plain_message(data, bytes_max)) {
+            while let Some(frame) = next_frame(&mut body).await? {
+                if frame.data_ref().is_some_and(|data| !data.is_empty()) {
+                    return Err(several_messages());
+                }
+            }
+            return codec::read(message, keys_max);
+        }
+        body.unread(frame);
+    }
+    Box::pin(collected_message(Streaming::new_request(
+        Codec::<Q, ()>::new(keys_max),
+        body,
+        encoding,
+        Some(bytes_max),
+    )))
+    .await
+}
+
+/// The same, from a body that tonic collects.
+async fn collected_message<Q>(mut messages: Streaming<Q>) -> Result<Q, Status> {
     // A message over the limit is RESOURCE_EXHAUSTED in the other implementations of gRPC. tonic calls it OUT_OF_RANGE.
     let usual = |status: Status| match status.code() {
         Code::OutOfRange => Status::resource_exhausted(status.message()),
@@ -179,13 +217,33 @@ async fn only_message<Q: Message + Default + 'static>(calls: &Calls, request: Re
     let message = message.ok_or_else(|| Status::internal("the request has no message"))?;
     match messages.message().await.map_err(usual)? {
         None => Ok(message),
-        Some(_) => Err(Status::internal("the request has more than one message")),
+        Some(_) => Err(several_messages()),
+    }
+}
+
+fn several_messages() -> Status {
+    Status::internal("the request has more than one message")
+}
+
+/// The message that `data` is, if it is one, no longer than it may be, and not compressed.
+fn plain_message(data: &Bytes, bytes_max: usize) -> Option<Bytes> {
+    let (prefix, message) = data.split_first_chunk::<PREFIX_BYTES>()?;
+    let [0, length @ ..] = *prefix else { return None };
+    let is_whole = u32::from_be_bytes(length) as usize == message.len() && message.len() <= bytes_max;
+    is_whole.then(|| data.slice(PREFIX_BYTES..))
+}
+
+/// The next frame, unless it is known already that there is none.
+async fn next_frame(body: &mut Counted) -> Result<Option<Frame<Bytes>>, Status> {
+    match body.is_end_stream() {
+        true => Ok(None),
+        false => body.frame().await.transpose(),
     }
 }
 
 /// How the messages of a request are compressed that say they are.
 fn encoding(headers: &HeaderMap) -> Result<Option<CompressionEncoding>, Status> {
-    match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
+    match headers.get(&GRPC_ENCODING).map(HeaderValue::as_bytes) {
         None | Some(b"identity") => Ok(None),
         Some(b"gzip") => Ok(Some(CompressionEncoding::Gzip)),
         Some(_) => {
@@ -198,18 +256,19 @@ fn encoding(headers: &HeaderMap) -> Result<Option<CompressionEncoding>, Status> 
 }
 
 /// tonic's side of a method that answers with a stream.
-fn streaming<Q, R>(calls: &Calls, request: Request<Incoming>) -> (Grpc<Codec<Q, R>>, Request<Counted>)
+fn streaming<Q, R>(calls: &Calls, (head, body): Received<'_>) -> (Grpc<Codec<Q, R>>, Request<Counted>)
 where
     Q: Message + Default + 'static,
     R: Message + 'static,
 {
     let limits = &calls.config().limits;
     let grpc = Grpc::new(Codec::new(limits.request_keys_max as usize)).accept_compressed(CompressionEncoding::Gzip);
-    (grpc, request.map(|body| Counted::new(body, Held::new(calls))))
+    let body = Counted::new(body, Held::new(calls));
+    (grpc, Request::from_parts(head.clone(), body))
 }
 
 /// Serves a method with one request and a stream of responses.
-async fn server_stream<Q, R, F, S>(calls: &Calls, request: Request<Incoming>, method: F) -> Response<Body>
+async fn server_stream<Q, R, F, S>(calls: &Calls, request: Received<'_>, method: F) -> Response<Body>
 where
     Q: Message + Default + 'static,
     R: Message + 'static,
@@ -217,11 +276,12 @@ where
     S: Stream<Item = Result<R, Status>> + Send + 'static,
 {
     let (mut grpc, request) = streaming(calls, request);
-    grpc.server_streaming(Streams(method), request).await
+    let response = grpc.server_streaming(Streams(method), request).await;
+    response.map(Body::Other)
 }
 
 /// Serves a method with a stream of requests and a stream of responses.
-async fn both_stream<Q, R, F, S>(calls: &Calls, request: Request<Incoming>, method: F) -> Response<Body>
+async fn both_stream<Q, R, F, S>(calls: &Calls, request: Received<'_>, method: F) -> Response<Body>
 where
     Q: Message + Default + 'static,
     R: Message + 'static,
@@ -229,7 +289,8 @@ where
     S: Stream<Item = Result<R, Status>> + Send + 'static,
 {
     let (mut grpc, request) = streaming(calls, request);
-    grpc.streaming(Streams(method), request).await
+    let response = grpc.streaming(Streams(method), request).await;
+    response.map(Body::Other)
 }
 
 /// A function as tonic's idea of a method that answers with a stream.

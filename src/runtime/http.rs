@@ -57,6 +57,11 @@ const HEADERS_BYTES_MAX: usize = 16 * 1024;
 /// Digits of a ttl. More milliseconds than that are longer than anything lasts.
 const TTL_DIGITS_MAX: usize = 12;
 
+// Constants, so that they are not checked in each response.
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
+const ACCEPT: HeaderValue = HeaderValue::from_static("accept");
+
 const JSON: &str = "application/json";
 const PROBLEM: &str = "application/problem+json";
 
@@ -134,7 +139,7 @@ impl Problem {
     }
 
     fn into_response(self) -> Response<Body> {
-        let mut response = respond(self.status, PROBLEM, self.document().into());
+        let mut response = respond(self.status, HeaderValue::from_static(PROBLEM), self.document().into());
         let headers = response.headers_mut();
         if !self.allow.is_empty() {
             headers.insert(header::ALLOW, HeaderValue::from_static(self.allow));
@@ -203,20 +208,22 @@ impl hyper::body::Body for Body {
     }
 }
 
-fn respond(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body> {
+fn respond_without_type(status: StatusCode, body: Bytes) -> Response<Body> {
     let mut response = Response::new(Body::Whole(body));
     *response.status_mut() = status;
-    if !content_type.is_empty() {
-        let content_type = HeaderValue::from_static(content_type);
-        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
-    }
+    response
+}
+
+fn respond(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Response<Body> {
+    let mut response = respond_without_type(status, body);
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     response
 }
 
 fn json(status: StatusCode, document: &impl Serialize) -> Response<Body> {
     // Documents of ours have string keys only, so this cannot fail.
     let body = serde_json::to_vec(document).unwrap_or_default();
-    respond(status, JSON, body.into())
+    respond(status, HeaderValue::from_static(JSON), body.into())
 }
 
 /// The handlers of one connection.
@@ -261,13 +268,15 @@ impl Handler {
             return Err(loading().and_close());
         }
         if let Some(key) = path.strip_prefix("/keys/").or_else(|| path.strip_prefix("/key/")) {
-            // The request that it is a part of goes on.
-            let key = self.key(key)?.into_owned();
-            let key = key.as_slice();
+            let key = self.key(key)?;
             return match *request.method() {
-                Method::GET | Method::HEAD => self.get(key, request.headers()).await,
-                Method::PUT => self.put(key, request).await,
-                Method::DELETE => self.delete(key, &request).await,
+                Method::GET | Method::HEAD => self.get(&key, headers).await,
+                Method::PUT => {
+                    // The request that the key is a part of goes on.
+                    let key = key.into_owned();
+                    self.put(&key, request).await
+                }
+                Method::DELETE => self.delete(&key, &request).await,
                 _ => Err(Problem::method("GET, HEAD, PUT, DELETE")),
             };
         }
@@ -292,11 +301,12 @@ impl Handler {
             return Err(Problem::method("GET, HEAD"));
         }
         if let Some((_, content_type, text)) = asset {
+            let content_type = HeaderValue::from_static(content_type);
             let mut response = respond(StatusCode::OK, content_type, Bytes::from_static(text.as_bytes()));
             let headers = response.headers_mut();
             headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_POLICY));
             headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-            headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+            headers.insert(header::X_CONTENT_TYPE_OPTIONS, NO_SNIFF);
             return Ok(response);
         }
         match path {
@@ -310,7 +320,11 @@ impl Handler {
                     false => (Text::Prometheus, "text/plain; version=0.0.4; charset=utf-8"),
                 };
                 let text = self.calls.text(text).await;
-                Ok(respond(StatusCode::OK, content_type, text.into()))
+                Ok(respond(
+                    StatusCode::OK,
+                    HeaderValue::from_static(content_type),
+                    text.into(),
+                ))
             }
             "/events" if request.method() == Method::GET => self.events(),
             "/version" => Ok(json(
@@ -320,7 +334,7 @@ impl Handler {
             "/readyz" if !self.calls.is_ready() => Err(loading()),
             _ => Ok(respond(
                 StatusCode::OK,
-                "text/plain; charset=utf-8",
+                HeaderValue::from_static("text/plain; charset=utf-8"),
                 Bytes::from_static(b"ok\n"),
             )),
         }
@@ -358,6 +372,10 @@ impl Handler {
     /// The key that a path names.
     fn key<'a>(&self, encoded: &'a str) -> Result<Cow<'a, [u8]>> {
         let bytes = encoded.as_bytes();
+        if memchr::memchr(b'%', bytes).is_none() {
+            self.check_key(bytes)?;
+            return Ok(Cow::Borrowed(bytes));
+        }
         let is_hex = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_hexdigit);
         if memchr::memchr_iter(b'%', bytes).any(|at| !is_hex(at + 1) || !is_hex(at + 2)) {
             return Err(Problem::bad("a % in the key is not followed by two hexadecimal digits"));
@@ -393,7 +411,7 @@ impl Handler {
     async fn get(&self, key: &[u8], headers: &HeaderMap) -> Result<Response<Body>> {
         let conditions = Conditions::of(headers)?;
         let answer = self.look(key).await;
-        let item = match answer.outcome {
+        let mut item = match answer.outcome {
             Outcome::Done => answer,
             Outcome::NotFound => {
                 conditions.check_if_match(None)?;
@@ -403,15 +421,19 @@ impl Handler {
         };
         conditions.check_if_match(Some(item.version))?;
         let mut response = if !conditions.is_none_match(item.version) {
-            respond(StatusCode::NOT_MODIFIED, "", Bytes::new())
+            respond_without_type(StatusCode::NOT_MODIFIED, Bytes::new())
         } else if accepts(headers, JSON) {
             json(StatusCode::OK, &Item::new(key, &item))
         } else {
-            let mut response = respond(StatusCode::OK, "application/octet-stream", item.value.clone());
+            let value = std::mem::take(&mut item.value);
+            let is_empty = value.is_empty();
+            let mut response = respond(StatusCode::OK, OCTETS, value);
             let headers = response.headers_mut();
-            headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-            // hyper would say nothing of an empty value's length to HEAD.
-            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(item.value.len()));
+            headers.insert(header::X_CONTENT_TYPE_OPTIONS, NO_SNIFF);
+            if is_empty {
+                // hyper would say nothing of it to HEAD.
+                headers.insert(header::CONTENT_LENGTH, HeaderValue::from(0));
+            }
             if item.flags != 0 {
                 headers.insert("memkv-flags", HeaderValue::from(item.flags));
             }
@@ -422,7 +444,7 @@ impl Handler {
         };
         let headers = response.headers_mut();
         headers.insert(header::ETAG, etag(item.version));
-        headers.insert(header::VARY, HeaderValue::from_static("accept"));
+        headers.insert(header::VARY, ACCEPT);
         Ok(response)
     }
 
@@ -522,7 +544,7 @@ impl Handler {
             });
             let answer = self.calls.execute(&Command { key, op }).await;
             return match answer.outcome {
-                Outcome::Done => Ok(respond(StatusCode::NO_CONTENT, "", Bytes::new())),
+                Outcome::Done => Ok(respond_without_type(StatusCode::NO_CONTENT, Bytes::new())),
                 Outcome::NotFound if condition == Condition::Always => Err(no_such_key()),
                 Outcome::NotFound | Outcome::ConditionFailed if is_final => Err(conditions::failed()),
                 Outcome::NotFound | Outcome::ConditionFailed => continue,
@@ -774,7 +796,7 @@ fn written(answer: &Answer) -> Response<Body> {
         true => StatusCode::CREATED,
         false => StatusCode::NO_CONTENT,
     };
-    let mut response = respond(status, "", Bytes::new());
+    let mut response = respond_without_type(status, Bytes::new());
     if answer.version != Version(0) {
         response.headers_mut().insert(header::ETAG, etag(answer.version));
     }

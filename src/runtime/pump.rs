@@ -43,6 +43,10 @@ impl Clock {
         self.began.elapsed().as_nanos() as u64 + 1
     }
 
+    fn instant_at(&self, now_ns: u64) -> Instant {
+        self.began + Duration::from_nanos(now_ns)
+    }
+
     /// Asks the wall clock again: it may have been set, or the machine may have slept.
     fn follow_wall(&mut self) {
         self.began_wall = UnixMillis(wall_ms().saturating_sub(self.now_ns() / 1_000_000));
@@ -175,7 +179,7 @@ pub(super) async fn run(
             mesh.send(&mut engine);
             net.look_after(&mut engine, &mut gateway);
         }
-        while gateway.run() {
+        while gateway.run(clock.instant_at(now_ns)) {
             let mut engine = cell.borrow_mut();
             mesh.send(&mut engine);
             net.look_after(&mut engine, &mut gateway);

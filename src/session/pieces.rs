@@ -164,14 +164,11 @@ impl Pieces {
         self.last().filter(|piece| piece.state == State::Open)
     }
 
-    /// Work for what may not be begun begins. False when there is nothing.
+    /// Work for what may not be begun begins. False when there is nothing, or it has begun already.
     #[inline]
     pub(crate) fn work(&mut self) -> bool {
         let open = self.open();
-        open.is_some_and(|piece| {
-            piece.worked_for = true;
-            true
-        })
+        open.is_some_and(|piece| !std::mem::replace(&mut piece.worked_for, true))
     }
 
     /// Bytes came. `waits`: they wait behind others that do.
@@ -195,7 +192,8 @@ impl Pieces {
                     *last = Piece::new(now_ns);
                 }
             }
-            Some(last) if is_full => last.state = State::Open,
+            // What comes at one moment, as calls that are answered at once do, is one piece.
+            Some(last) if is_full || last.arrived_ns == now_ns => last.state = State::Open,
             _ => self.behind.push_back(Piece::new(now_ns)),
         }
     }

@@ -81,10 +81,10 @@ impl<Q: Message + Default, R> Decoder for Codec<Q, R> {
 
 /// Reads a message. An entry without content has two bytes, and is sixty times as large when it is decoded: that there are too
 /// many is found out before.
-fn read<Q: Message + Default>(bytes: Bytes, keys_max: usize) -> Result<Q, Status> {
+pub(super) fn read<Q: Message + Default>(bytes: Bytes, keys_max: usize) -> Result<Q, Status> {
     // The code that gRPC has for it.
     let malformed = |error: DecodeError| Status::internal(format!("the request is malformed: {error}"));
-    let (mut rest, mut fields) = (bytes.clone(), 0);
+    let (mut rest, mut fields) = (&*bytes, 0);
     while rest.has_remaining() {
         let (number, wire_type) = decode_key(&mut rest).map_err(malformed)?;
         skip_field(wire_type, number, &mut rest, DecodeContext::default()).map_err(malformed)?;

@@ -78,11 +78,18 @@ impl Drop for Held {
 pub(super) struct Counted {
     body: Incoming,
     held: Held,
+    unread: Option<Frame<Bytes>>,
 }
 
 impl Counted {
     pub(super) fn new(body: Incoming, held: Held) -> Self {
-        Self { body, held }
+        let unread = None;
+        Self { body, held, unread }
+    }
+
+    /// Has a frame, which was the last to come, come again.
+    pub(super) fn unread(&mut self, frame: Frame<Bytes>) {
+        self.unread = Some(frame);
     }
 }
 
@@ -91,6 +98,9 @@ impl Body for Counted {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(frame) = self.unread.take() {
+            return Poll::Ready(Some(Ok(frame)));
+        }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         Poll::Ready(frame.map(|frame| {
             let frame = frame.map_err(|error| Status::from_error(error.into()))?;
@@ -101,7 +111,7 @@ impl Body for Counted {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.unread.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -6,15 +6,55 @@ use bytes::buf::UninitSlice;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Response};
-use http_body::Frame;
+use http_body::{Frame, SizeHint};
 use prost::Message;
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use tonic::{Status, body::Body};
+use tonic::Status;
+
+/// The body of a response.
+#[derive(Debug)]
+pub(in crate::runtime) enum Body {
+    /// One message.
+    Reply(Reply),
+    /// What tonic makes.
+    Other(tonic::body::Body),
+}
+
+impl Default for Body {
+    fn default() -> Self {
+        Body::Other(tonic::body::Body::empty())
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match &mut *self {
+            Body::Reply(reply) => Poll::Ready(reply.next().map(Ok)),
+            Body::Other(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Body::Reply(reply) => reply.is_over,
+            Body::Other(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Body::Reply(_) => SizeHint::default(),
+            Body::Other(body) => body.size_hint(),
+        }
+    }
+}
 
 /// What stands before a message: that it is not compressed, and its length.
-const PREFIX_BYTES: usize = 5;
+pub(super) const PREFIX_BYTES: usize = 5;
 /// What a response begins with: most are small. It grows as it must.
 const BUFFER_BYTES: usize = 128;
 
@@ -33,7 +73,7 @@ pub(super) fn of(message: &impl Message, mut held: Held) -> Result<Response<Body
         pieces: pieces.finish(held).into_iter(),
         is_over: false,
     };
-    let mut response = Response::new(Body::new(reply));
+    let mut response = Response::new(Body::Reply(reply));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     Ok(response)
@@ -122,17 +162,14 @@ unsafe impl BufMut for Pieces {
 
 /// A message, and that all went well.
 #[derive(Debug)]
-struct Reply {
+pub(in crate::runtime) struct Reply {
     pieces: std::vec::IntoIter<Bytes>,
     is_over: bool,
 }
 
-impl http_body::Body for Reply {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let frame = match self.pieces.next() {
+impl Reply {
+    fn next(&mut self) -> Option<Frame<Bytes>> {
+        match self.pieces.next() {
             Some(piece) => Some(Frame::data(piece)),
             None if self.is_over => None,
             None => {
@@ -140,12 +177,7 @@ impl http_body::Body for Reply {
                 let ok = HeaderValue::from_static("0");
                 Some(Frame::trailers(HeaderMap::from_iter([(Status::GRPC_STATUS, ok)])))
             }
-        };
-        Poll::Ready(frame.map(Ok))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.is_over
+        }
     }
 }
 

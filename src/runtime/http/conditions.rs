@@ -98,6 +98,9 @@ impl Conditions {
 
 /// Understands a list of entity tags. `weak`: weak ones match, too.
 fn named(headers: &HeaderMap, name: header::HeaderName, weak: bool) -> Result<Named> {
+    if !headers.contains_key(&name) {
+        return Ok(Named::Nothing);
+    }
     let malformed = || Problem::bad(format!("{name} is neither * nor a list of entity tags"));
     let mut versions = vec![];
     let mut any = false;
@@ -124,12 +127,10 @@ fn named(headers: &HeaderMap, name: header::HeaderName, weak: bool) -> Result<Na
             };
         }
     }
-    match (any, headers.contains_key(&name)) {
-        (true, _) if versions.is_empty() => Ok(Named::Any),
-        (true, _) => Err(malformed()),
-        (false, false) => Ok(Named::Nothing),
-        (false, true) if versions.is_empty() => Err(malformed()),
-        (false, true) => Ok(Named::Versions(versions)),
+    match any {
+        true if versions.is_empty() => Ok(Named::Any),
+        false if !versions.is_empty() => Ok(Named::Versions(versions)),
+        _ => Err(malformed()),
     }
 }
 
