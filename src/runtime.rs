@@ -7,6 +7,8 @@
 
 mod allocator;
 mod calls;
+#[cfg_attr(not(test), allow(dead_code, reason = "the engine does not log yet"))]
+mod disk;
 mod gateway;
 mod grpc;
 mod host;
@@ -23,6 +25,7 @@ use crate::engine::Engine;
 use crate::model::CoreId;
 use crate::partition::RangeTable;
 use crate::protocol::Protocol;
+pub use disk::Folder;
 use mesh::{Mesh, Peer};
 use socket2::{Domain, Socket, Type};
 use std::net::SocketAddr;

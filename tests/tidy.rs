@@ -20,6 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("metrics", &["encoding", "model"]),
     // L1: siblings that never import each other.
     ("wal", &["effect", "model"]),
+    ("frame", &["disk", "effect"]),
     ("store", &["budget", "model", "partition"]),
     ("proto", &[]),
     (
@@ -29,6 +30,20 @@ const LAYERS: &[(&str, &[&str])] = &[
     // L2: what a command does.
     ("shard", &["budget", "metrics", "model", "partition", "store"]),
     ("shards", &["budget", "metrics", "model", "partition", "shard"]),
+    ("keeper", &["disk", "effect", "frame", "model", "wal"]),
+    (
+        "data_dir",
+        &[
+            "config",
+            "disk",
+            "effect",
+            "frame",
+            "keeper",
+            "model",
+            "partition",
+            "wal",
+        ],
+    ),
     ("locks", &[]),
     ("txn", &["encoding", "locks", "model", "protocol"]),
     // L3: one connection, one core.
@@ -67,13 +82,17 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "budget",
             "config",
+            "data_dir",
+            "disk",
             "encoding",
             "engine",
+            "keeper",
             "link",
             "model",
             "partition",
             "proto",
             "protocol",
+            "wal",
         ],
     ),
     // L5: the other end of a connection, and the command lines.
