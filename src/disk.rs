@@ -4,13 +4,16 @@
 //! what a file system promises, and no more: bytes are safe when [`File::sync`] has returned, a name is safe when
 //! [`Disk::sync_dir`] has returned after it was given, and what is not safe may be there after a crash, or not, or in part.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod memory;
+
 use std::io::Result;
 
 /// Where alignment is asked for, offsets, lengths and addresses are multiples of this.
 pub const BLOCK_BYTES: usize = 4096;
 
 /// A block of memory that direct I/O can write from.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(4096))]
 pub struct Block(pub [u8; BLOCK_BYTES]);
 

@@ -1055,6 +1055,7 @@ impl Engine {
             .all(|(_, session)| (session.output_bytes() == 0 || session.end == End::Core) && session.in_flight() == 0)
             && self.links.iter().all(Link::is_quiet)
             && self.locks.is_empty()
+            && self.is_log_quiet()
             && self.parts.is_empty()
             && self.coordinated.is_empty()
     }

@@ -40,9 +40,9 @@
 //!
 //! | layer | modules | what they hold |
 //! |---|---|---|
-//! | L0 | [`model`] [`partition`] [`encoding`] [`budget`] [`config`] [`metrics`] | words and values |
-//! | L1 | `store`, [`protocol`] | one shard's table; bytes to commands and replies to bytes |
-//! | L2 | `shard`, `shards` | what a command does; the shards of one core |
+//! | L0 | [`model`] [`partition`] [`encoding`] [`effect`] [`disk`] [`budget`] [`config`] [`metrics`] | words and values |
+//! | L1 | `store`, [`protocol`], [`wal`], [`frame`] | one shard's table; bytes to commands and replies to bytes; effects in memory and in files |
+//! | L2 | `shard`, `shards`, [`keeper`], [`data_dir`] | what a command does; the shards of one core; its files; all files |
 //! | L3 | `gather`, `interactive`, `session`, `sessions`, [`link`], [`engine`] | one connection and what it waits for, one neighbour, one core |
 //! | L4 | [`runtime`] | threads, executors, sockets, files, clocks: the only place that waits |
 //! | L5 | [`client`], the binaries | the other end of a connection; command lines |
@@ -62,12 +62,15 @@
 pub mod budget;
 pub mod client;
 pub mod config;
+pub mod data_dir;
 pub mod disk;
 pub mod effect;
 pub mod encoding;
 pub mod engine;
+pub mod frame;
 pub(crate) mod gather;
 pub(crate) mod interactive;
+pub mod keeper;
 pub mod link;
 pub(crate) mod locks;
 pub mod metrics;

@@ -6,7 +6,7 @@ use clap::Parser;
 use memkv::config::Config;
 use memkv::protocol::Protocol;
 use memkv::runtime::{Server, Stopper};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -28,12 +28,16 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1])?;
     let stopper: Arc<OnceLock<Stopper>> = Arc::default();
     let served = stopper.clone();
     std::thread::spawn(move || {
         let mut asked = false;
-        for _ in signals.forever() {
+        for signal in signals.forever() {
+            if signal == SIGUSR1 {
+                served.get().inspect(|server| server.snapshot());
+                continue;
+            }
             match served.get() {
                 Some(stopper) if !asked => {
                     log::info!("stopping: answering what was received");

@@ -7,6 +7,8 @@
 
 mod allocator;
 mod calls;
+#[cfg_attr(not(test), allow(dead_code, reason = "the engine does not log yet"))]
+mod disk;
 mod gateway;
 mod grpc;
 mod host;
@@ -16,6 +18,7 @@ mod memory;
 mod mesh;
 mod net;
 mod pump;
+mod recover;
 
 use crate::budget::Pool;
 use crate::config::{Bytes, Config, Eviction, Listen, PartitionerChoice};
@@ -23,12 +26,13 @@ use crate::engine::Engine;
 use crate::model::CoreId;
 use crate::partition::RangeTable;
 use crate::protocol::Protocol;
+pub use disk::Folder;
 use mesh::{Mesh, Peer};
 use socket2::{Domain, Socket, Type};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -55,12 +59,22 @@ struct Shared {
     quiet_cores: AtomicU16,
     /// Open connections on all cores, for the limit.
     connections: AtomicU32,
+    /// The epoch of all cores' logs.
+    epoch: AtomicU64,
+    /// How many snapshots were asked for.
+    snapshots: AtomicU32,
     peers: Arc<Vec<Peer>>,
     /// The memory limit.
     memory: memory::Watch,
 }
 
 impl Shared {
+    /// Asks all cores for a snapshot.
+    fn snapshot(&self) {
+        self.snapshots.fetch_add(1, Ordering::SeqCst);
+        self.peers.iter().for_each(Peer::ring);
+    }
+
     fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
         self.peers.iter().for_each(Peer::ring);
@@ -112,6 +126,11 @@ impl Stopper {
     pub fn stop(&self) {
         self.0.stop();
     }
+
+    /// Has the server make a snapshot of its data directory, if it has one. Returns at once.
+    pub fn snapshot(&self) {
+        self.0.snapshot();
+    }
 }
 
 impl Server {
@@ -138,7 +157,11 @@ impl Server {
         }
         check_limits(&config)?;
         let (pool, memory) = memory_limit(&config, cores)?;
-        let table = Arc::new(range_table(&config, cores)?);
+        let mut data = recover::Data::open(&config)?;
+        let table = Arc::new(match &data {
+            Some(data) => data.table(cores)?,
+            None => range_table(&config, cores)?,
+        });
         let Bound {
             listeners,
             sockets,
@@ -148,6 +171,9 @@ impl Server {
         } = bind(&config, cores)?;
 
         let mut config = config;
+        if let Some(data) = &mut data {
+            data.begin(&table, &mut config)?;
+        }
         for (protocol, address) in &addresses {
             // What statistics show is what was bound, also where the system chose the port.
             match protocol {
@@ -168,6 +194,8 @@ impl Server {
             ready: AtomicBool::new(false),
             quiet_cores: AtomicU16::new(0),
             connections: AtomicU32::new(0),
+            epoch: AtomicU64::new(0),
+            snapshots: AtomicU32::new(0),
             peers: peers.clone(),
             memory,
         });
@@ -184,10 +212,11 @@ impl Server {
             listening.map_err(|error| StartError(format!("cannot listen: {error}")))
         };
         listen(&early_sockets)?;
-        if let (Some(path), Listen::At(address)) = (&config.load, config.http) {
+        if let (Some(path), Listen::At(address)) = (config.load.as_ref().or(config.data_dir.as_ref()), config.http) {
             let path = path.display();
             log::info!("loading {path}: http://{address}/readyz tells when that is done");
         }
+        let data = data.map(Arc::new);
         let (boot, started) = Boot::new(usize::from(cores));
         // Dropping it stops the cores that were begun, when something is wrong.
         let mut server = Self {
@@ -210,6 +239,7 @@ impl Server {
                 listeners,
                 core_ports: core_ports.clone(),
                 clock,
+                data: data.clone(),
             };
             let started = started.clone();
             let thread = std::thread::Builder::new().name(format!("core {number}"));
@@ -329,6 +359,8 @@ impl Boot {
 
 /// A core that does not serve all its listeners yet.
 struct Starting {
+    /// What is brought back first.
+    restoring: Option<recover::Restoring>,
     loader: Option<load::Loader>,
     /// Until it has said what came of it.
     boot: Option<mpsc::Sender<Started>>,
@@ -337,13 +369,24 @@ struct Starting {
 impl Starting {
     /// Does a piece of what there is to do first.
     fn step(&mut self, engine: &mut Engine) {
-        let loaded = match &mut self.loader {
-            Some(loader) => match loader.step(engine) {
+        let loaded = match (&mut self.restoring, &mut self.loader) {
+            (Some(restoring), _) => match restoring.step(engine) {
+                Ok(false) => return,
+                Ok(true) => {
+                    self.restoring = None;
+                    return;
+                }
+                Err(error) => Err(error),
+            },
+            // What it loads is logged, too.
+            (None, Some(_)) if engine.is_log_full() => return,
+            (None, Some(loader)) => match loader.step(engine) {
                 Ok(None) => return,
                 loaded => loaded,
             },
-            None => Ok(None),
+            (None, None) => Ok(None),
         };
+        self.restoring = None;
         self.loader = None;
         if let Some(boot) = self.boot.take() {
             // Nobody listens when another core could not: this one will be told to stop.
@@ -369,6 +412,7 @@ struct Core {
     listeners: Vec<net::Listener>,
     core_ports: Arc<[u16]>,
     clock: pump::Clock,
+    data: Option<Arc<recover::Data>>,
 }
 
 impl Core {
@@ -399,18 +443,26 @@ impl Core {
         let mut engine = Engine::new(self.id, table, self.pool, config.clone(), clock.wall());
         engine.set_core_ports(self.core_ports);
         let loader = load::Loader::open(&config, self.id);
+        let files = match &self.data {
+            Some(data) => data.core(&mut engine, self.id, &self.shared.peers).map(Some),
+            None => Ok(None),
+        };
         let doorbell = self.shared.peers[usize::from(self.id.0)].doorbell();
         let net = doorbell.and_then(|doorbell| net::Net::new(self.listeners, doorbell, config.limits.receive_buffers));
         let net = net.map_err(|error| StartError(format!("no network ring for core {}: {error}", self.id.0)));
         // The first sleep of an executor takes tens of milliseconds: get it over with before anybody waits.
         glommio::timer::sleep(Duration::from_millis(1)).await;
-        match (loader, net) {
-            (Ok(loader), Ok(net)) => {
-                let boot = Some(boot);
-                let starting = Starting { loader, boot };
-                pump::run(engine, net, self.mesh, self.shared, clock, spinning, starting).await;
+        match (loader, files, net) {
+            (Ok(loader), Ok(files), Ok(net)) => {
+                let (filer, restoring) = files.unzip();
+                let starting = Starting {
+                    restoring,
+                    loader,
+                    boot: Some(boot),
+                };
+                pump::run(engine, net, self.mesh, self.shared, clock, spinning, starting, filer).await;
             }
-            (Err(error), _) | (_, Err(error)) => self.shared.give_up(&boot, error),
+            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => self.shared.give_up(&boot, error),
         }
     }
 }

@@ -20,6 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("metrics", &["encoding", "model"]),
     // L1: siblings that never import each other.
     ("wal", &["effect", "model"]),
+    ("frame", &["disk", "effect"]),
     ("store", &["budget", "effect", "model", "partition"]),
     ("proto", &[]),
     (
@@ -44,6 +45,20 @@ const LAYERS: &[(&str, &[&str])] = &[
             "wal",
         ],
     ),
+    ("keeper", &["disk", "effect", "frame", "model", "wal"]),
+    (
+        "data_dir",
+        &[
+            "config",
+            "disk",
+            "effect",
+            "frame",
+            "keeper",
+            "model",
+            "partition",
+            "wal",
+        ],
+    ),
     ("locks", &[]),
     ("txn", &["encoding", "locks", "model", "protocol"]),
     // L3: one connection, one core.
@@ -60,6 +75,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "budget",
             "config",
+            "effect",
             "encoding",
             "gather",
             "interactive",
@@ -74,6 +90,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "shard",
             "shards",
             "txn",
+            "wal",
         ],
     ),
     // L4: the outside world.
@@ -82,13 +99,17 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "budget",
             "config",
+            "data_dir",
+            "disk",
             "encoding",
             "engine",
+            "keeper",
             "link",
             "model",
             "partition",
             "proto",
             "protocol",
+            "wal",
         ],
     ),
     // L5: the other end of a connection, and the command lines.

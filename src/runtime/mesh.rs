@@ -153,7 +153,10 @@ impl Mesh {
             let Some(port) = port else { continue };
             let peer = &self.peers[core];
             let core = CoreId(core as u16);
-            while let Ok(batch) = port.requests_in.queue.pop() {
+            // They wait where they are while too much waits for the disk.
+            while !engine.is_log_full()
+                && let Ok(batch) = port.requests_in.queue.pop()
+            {
                 engine.requests(core, batch);
                 port.requests_in.tell_room(peer);
             }
@@ -197,7 +200,7 @@ impl Mesh {
         self.ports.iter().enumerate().all(|(core, port)| {
             let Some(port) = port else { return true };
             let to = CoreId(core as u16);
-            port.requests_in.queue.is_empty()
+            (port.requests_in.queue.is_empty() || engine.is_log_full())
                 && port.replies_in.queue.is_empty()
                 && port.sockets_in.is_empty()
                 && (port.requests_out.queue.is_full() || !engine.has_outgoing(to, Direction::Requests))

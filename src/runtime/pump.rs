@@ -6,6 +6,7 @@
 //! task; one that brings others (see decision 1) must let glommio's reactor share the sleep. Futures of connections that a
 //! library serves are polled by the pump itself: see [`super::gateway`].
 
+use super::disk::Filer;
 use super::gateway::Gateway;
 use super::memory::Watch;
 use super::mesh::{Handoff, Mesh};
@@ -14,6 +15,7 @@ use super::{Shared, Starting, allocator, host};
 use crate::engine::Engine;
 use crate::model::{CoreId, UnixMillis};
 use crate::protocol;
+use crate::wal::Done;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -132,7 +134,50 @@ const BACKGROUND_PERIOD: Duration = Duration::from_millis(1);
 /// How often the process looks at its own CPU time and memory, for statistics.
 const PROCESS_FACTS_PERIOD_NS: u64 = 1_000_000_000;
 
+/// Tells the engine what became of its files.
+fn take_done(engine: &mut Engine, files: &mut Option<Filer>) {
+    while let Some(done) = files.as_mut().and_then(Filer::poll) {
+        if let Done::Failed { why, .. } = &done {
+            log::error!("{why}");
+        }
+        engine.disk_done(done);
+    }
+}
+
+/// Does what the engine wants of its files.
+fn give_jobs(engine: &mut Engine, files: &mut Option<Filer>, shared: &Shared) {
+    let Some(filer) = files else { return };
+    if let Some(epoch) = engine.wanted_epoch() {
+        shared.epoch.fetch_max(epoch, Ordering::SeqCst);
+        engine.set_epoch(epoch);
+    }
+    while let Some(job) = engine.disk_job() {
+        if filer.submit(job).is_err() {
+            let why = "the thread for files does not take a job".to_owned();
+            engine.disk_done(Done::Failed { log: true, why });
+        }
+    }
+}
+
+/// Ends the log in order, when nothing is under way on any core any more.
+fn end_files(engine: &mut Engine, mut files: Option<Filer>) {
+    while files.as_ref().is_some_and(|filer| filer.pending() > 0) {
+        take_done(engine, &mut files);
+        std::thread::yield_now();
+    }
+    if let Some(filer) = &mut files
+        && let Some(job) = engine.end_log()
+    {
+        // Dropping it waits for the job.
+        let _ = filer.submit(job);
+    }
+}
+
 /// Runs a core until the server stops.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts of a core, each of which somebody else makes"
+)]
 pub(super) async fn run(
     engine: Engine,
     mut net: Net,
@@ -141,6 +186,7 @@ pub(super) async fn run(
     mut clock: Clock,
     may_spin: bool,
     starting: Starting,
+    mut files: Option<Filer>,
 ) {
     let max_ns = if may_spin {
         u64::from(engine.config().spin_us) * 1000
@@ -152,6 +198,7 @@ pub(super) async fn run(
     let mut tidier = Tidier::default();
     let mut starting = Some(starting);
     let mut stopping: Option<Stopping> = None;
+    let mut snapshots = shared.snapshots.load(Ordering::Relaxed);
     let mut gateway = Gateway::new(engine, shared.clone());
     let cell = gateway.engine();
     loop {
@@ -164,6 +211,11 @@ pub(super) async fn run(
             }
             now_ns = clock.now_ns();
             engine.begin_turn(now_ns, clock.wall_at(now_ns));
+            if files.is_some() {
+                // Before anything that the turn brings: what was answered in an earlier epoch was asked for before this one began.
+                engine.set_epoch(shared.epoch.load(Ordering::SeqCst));
+                take_done(&mut engine, &mut files);
+            }
             net.arm_listeners(now_ns);
             mesh.receive(&mut engine, |engine, handoff| {
                 net.adopt(engine, handoff.socket, handoff.protocol);
@@ -186,6 +238,15 @@ pub(super) async fn run(
         }
         {
             let mut engine = cell.borrow_mut();
+            if files.is_some() {
+                give_jobs(&mut engine, &mut files, &shared);
+                mesh.send(&mut engine);
+                let asked = shared.snapshots.load(Ordering::Relaxed);
+                if asked != snapshots && starting.is_none() {
+                    snapshots = asked;
+                    engine.snapshot();
+                }
+            }
             engine.end_turn(clock.now_ns());
             let closed = net.take_closed();
             if closed > 0 {
@@ -214,6 +275,7 @@ pub(super) async fn run(
             if let Some(stopping) = &mut stopping
                 && stopping.is_done(&mut engine, &mut net, &mut gateway, &shared)
             {
+                end_files(&mut engine, files);
                 break;
             }
             shared.memory.look(now_ns);
@@ -242,7 +304,12 @@ pub(super) async fn run(
                     mesh.fall_asleep();
                     if is_quiet(&mut net, &mesh, &engine) && stopping.is_none() {
                         let background = engine.has_background_work().then_some(BACKGROUND_PERIOD);
-                        net.wait([background, gateway.sleep_max()].into_iter().flatten().min());
+                        net.wait(
+                            [background, engine.disk_rest(), gateway.sleep_max()]
+                                .into_iter()
+                                .flatten()
+                                .min(),
+                        );
                     }
                     mesh.wake_up();
                 }

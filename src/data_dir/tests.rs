@@ -1,0 +1,336 @@
+use super::*;
+use crate::disk::memory::MemoryDisk;
+use crate::effect::{Effect, Image};
+use crate::frame::HEAD_BYTES;
+use crate::model::{Deadline, ShardId, UnixMillis};
+use crate::wal::{Done, Job, Log};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+const SEGMENT: u64 = 64 << 10;
+
+type Items = BTreeMap<Vec<u8>, (Vec<u8>, Deadline, u8)>;
+
+fn wanted() -> Wanted {
+    Wanted {
+        name: "data".to_owned(),
+        partitioner: None,
+        boundaries: vec![],
+        shards: Some(8),
+        seed: None,
+        random: [u64::MAX, u64::MAX - 1],
+        segment_bytes: SEGMENT,
+        salvage: false,
+    }
+}
+
+fn open(disk: &MemoryDisk) -> Result<DataDir, Problem> {
+    DataDir::open(Arc::new(disk.clone()), wanted())
+}
+
+fn salvage(disk: &MemoryDisk) -> DataDir {
+    let wanted = Wanted {
+        salvage: true,
+        ..wanted()
+    };
+    DataDir::open(Arc::new(disk.clone()), wanted).unwrap()
+}
+
+/// What the directory holds, read by so many cores.
+fn restore(dir: &DataDir, cores: u16) -> Result<Items, Problem> {
+    let table = dir.table(cores)?;
+    let mut items = Items::new();
+    for core in 0..cores {
+        let shards: Vec<u16> = table
+            .shards_of(crate::model::CoreId(core))
+            .map(|shard| shard.0)
+            .collect();
+        let Some((first, last)) = shards.first().zip(shards.last()) else {
+            continue;
+        };
+        let mut restorer = dir.restorer(*first..last + 1, table.clone());
+        while restorer.step(&mut |restored| {
+            assert!(shards.contains(&restored.shard));
+            match restored.effect {
+                Effect::Put(image) => {
+                    assert_eq!(restored.place, table.place(image.key));
+                    items.insert(image.key.to_vec(), (image.value.to_vec(), image.deadline, image.state));
+                }
+                Effect::Delete(key) => drop(items.remove(key)),
+                Effect::Amend { key, deadline, state } => {
+                    if let Some(item) = items.get_mut(key) {
+                        (item.1, item.2) = (deadline, state);
+                    }
+                }
+                Effect::Empty => items.retain(|key, _| table.shard_of(table.place(key).token).0 != restored.shard),
+                Effect::Part(_) => panic!("a part came as a part"),
+            }
+            Ok(())
+        })? {}
+        let (done, total) = restorer.progress();
+        assert_eq!(done, total, "core {core}");
+    }
+    Ok(items)
+}
+
+/// A run of the server, as far as its files see it.
+struct Run {
+    table: RangeTable,
+    keepers: Vec<Keeper>,
+    logs: Vec<Log>,
+    /// For each shard, where its image is in this run.
+    images: Vec<u64>,
+}
+
+impl Run {
+    fn begin(dir: &mut DataDir, cores: u16, durability: Durability) -> Self {
+        let table = dir.table(cores).unwrap();
+        dir.begin_generation(&table, durability).unwrap();
+        Self {
+            keepers: (0..cores).map(|core| dir.keeper(core).unwrap()).collect(),
+            logs: (0..cores).map(|_| Log::new(1)).collect(),
+            images: vec![0; usize::from(table.shards())],
+            table,
+        }
+    }
+
+    fn core_of(&self, key: &[u8]) -> usize {
+        usize::from(self.table.core_of(self.table.shard_of(self.table.place(key).token)).0)
+    }
+
+    fn put(&mut self, key: &[u8], value: &[u8]) {
+        let core = self.core_of(key);
+        self.logs[core].put(&image(key, &(value.to_vec(), Deadline::Never, 0)));
+    }
+
+    fn write(&mut self, core: usize, sync: bool, ends: bool) -> Done {
+        let chunks = self.logs[core].take(UnixMillis(5));
+        self.keepers[core].run(Job::Log { chunks, sync, ends })
+    }
+
+    fn write_all(&mut self, sync: bool, ends: bool) {
+        for core in 0..self.keepers.len() {
+            let done = self.write(core, sync, ends);
+            assert!(matches!(done, Done::Logged { .. }), "{done:?}");
+        }
+    }
+
+    fn image(&mut self, shard: u16, items: &Items) {
+        let of = |key: &[u8]| self.table.shard_of(self.table.place(key).token);
+        let core = usize::from(self.table.core_of(ShardId(shard)).0);
+        let mut effects = vec![];
+        let mut count = 0;
+        for (key, item) in items.iter().filter(|(key, _)| of(key).0 == shard) {
+            crate::effect::push_put(&mut effects, &image(key, item));
+            count += 1;
+        }
+        self.images[usize::from(shard)] = self.logs[core].position();
+        let of_core = self.table.shards_of(crate::model::CoreId(core as u16));
+        let log_needed_from = of_core.map(|shard| self.images[usize::from(shard.0)]).min().unwrap();
+        let jobs = [
+            Job::BeginImage {
+                shard,
+                position: self.logs[core].position(),
+                epoch: 1,
+                time: UnixMillis(5),
+            },
+            Job::Image { effects, items: count },
+            Job::EndImage,
+            Job::AdoptImage { log_needed_from },
+        ];
+        for job in jobs {
+            let done = self.keepers[core].run(job);
+            assert!(matches!(done, Done::Image { .. }), "{done:?}");
+        }
+        while self.keepers[core].idle() {}
+    }
+}
+
+fn image<'a>(key: &'a [u8], item: &'a (Vec<u8>, Deadline, u8)) -> Image<'a> {
+    Image {
+        key,
+        value: &item.0,
+        flags: 0,
+        deadline: item.1,
+        state: item.2,
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Put(u8, usize),
+    Delete(u8),
+    Amend(u8, u64),
+    Empty,
+    Write(bool),
+    Epoch,
+    Image(u16),
+    Restart { cores: u16, in_order: bool },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        12 => (any::<u8>(), 0..3000usize).prop_map(|(key, length)| Op::Put(key, length)),
+        1 => (any::<u8>(), 60_000..200_000usize).prop_map(|(key, length)| Op::Put(key, length)),
+        4 => any::<u8>().prop_map(Op::Delete),
+        2 => (any::<u8>(), any::<u64>()).prop_map(|(key, moment)| Op::Amend(key, moment)),
+        1 => Just(Op::Empty),
+        6 => any::<bool>().prop_map(Op::Write),
+        2 => Just(Op::Epoch),
+        3 => (0..8u16).prop_map(Op::Image),
+        1 => (1..5u16, any::<bool>()).prop_map(|(cores, in_order)| Op::Restart { cores, in_order }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is done, in however many runs with however many cores: what comes back is what a map has.
+    #[test]
+    fn what_is_written_comes_back(ops in prop::collection::vec(op(), 1..150)) {
+        let disk = MemoryDisk::default();
+        let mut items = Items::new();
+        let mut dir = open(&disk).unwrap();
+        let mut run = Run::begin(&mut dir, 2, Durability::Always);
+        for (number, op) in ops.into_iter().chain([Op::Restart { cores: 3, in_order: false }]).enumerate() {
+            match op {
+                Op::Put(key, length) => {
+                    let value = vec![number as u8; length];
+                    run.put(&[key], &value);
+                    items.insert(vec![key], (value, Deadline::Never, 0));
+                }
+                Op::Delete(key) => {
+                    let core = run.core_of(&[key]);
+                    run.logs[core].delete(&[key]);
+                    items.remove(&vec![key]);
+                }
+                Op::Amend(key, moment) => {
+                    if let Some(item) = items.get_mut(&vec![key]) {
+                        (item.1, item.2) = (Deadline::At(UnixMillis(moment)), 3);
+                        let core = run.core_of(&[key]);
+                        run.logs[core].amend(&[key], item.1, item.2);
+                    }
+                }
+                Op::Empty => {
+                    run.logs.iter_mut().for_each(Log::empty);
+                    items.clear();
+                }
+                Op::Write(sync) => run.write_all(sync, false),
+                Op::Epoch => for log in &mut run.logs {
+                    log.close_epoch(log.epoch());
+                    log.begin_epoch(log.epoch() + 1);
+                },
+                Op::Image(shard) => run.image(shard, &items),
+                Op::Restart { cores, in_order } => {
+                    run.write_all(true, in_order);
+                    drop(run);
+                    dir = open(&disk).unwrap();
+                    prop_assert_eq!(dir.warnings().iter().filter(|warning| warning.contains("cut")).count(), 0);
+                    prop_assert_eq!(&restore(&dir, cores).unwrap(), &items);
+                    prop_assert_eq!(&restore(&salvage(&disk), 1).unwrap(), &items);
+                    run = Run::begin(&mut dir, cores, Durability::Always);
+                    // What was resolved is read as it was written down.
+                    prop_assert_eq!(&restore(&open(&disk).unwrap(), 2).unwrap(), &items);
+                }
+            }
+        }
+    }
+}
+
+/// A directory of one core, and what it had after each unit; every second one is made safe.
+fn units() -> (MemoryDisk, Vec<Items>) {
+    let disk = MemoryDisk::default();
+    let mut dir = open(&disk).unwrap();
+    let mut run = Run::begin(&mut dir, 1, Durability::Always);
+    let mut states = vec![Items::new()];
+    for unit in 0..12u8 {
+        let mut items = states.last().unwrap().clone();
+        for key in 0..unit % 4 {
+            let value = vec![unit; usize::from(unit) * 37];
+            run.put(&[key], &value);
+            items.insert(vec![key], (value, Deadline::Never, 0));
+        }
+        run.logs[0].begin_epoch(u64::from(unit) + 2);
+        run.put(b"both", &[unit]);
+        items.insert(b"both".to_vec(), (vec![unit], Deadline::Never, 0));
+        run.write_all(unit % 2 == 1, false);
+        states.push(items);
+    }
+    (disk, states)
+}
+
+const FIRST: &str = "log/00000001-0000-00000000.log";
+
+/// Where each frame of a segment begins, with the sequence before which all were known to be safe.
+fn frames(disk: &MemoryDisk) -> Vec<(usize, u64)> {
+    let bytes = disk.get(FIRST).unwrap();
+    let (mut at, mut found) = (4096, vec![]);
+    while let Ok((frame, length)) = Seal::new(u64::MAX - 1).read(&bytes[at..]) {
+        found.push((at, frame.synced));
+        at += HEAD_BYTES + length;
+    }
+    found.push((at, 0));
+    found
+}
+
+#[test]
+fn wherever_the_last_segment_ends_units_are_whole() {
+    let (disk, states) = units();
+    let whole = disk.get(FIRST).unwrap();
+    let frames = frames(&disk);
+    let end = frames.last().unwrap().0;
+    assert!(frames.len() > 12);
+    let mut reached = 0;
+    for cut in (4096..end + 100).step_by(7).chain(frames.iter().map(|(at, _)| *at)) {
+        for zeros in [false, true] {
+            let disk = disk.copy();
+            let mut bytes = whole.clone();
+            match zeros {
+                true => bytes[cut..].fill(0),
+                false => bytes.truncate(cut),
+            }
+            disk.put(FIRST, &bytes);
+            let items = restore(&open(&disk).unwrap(), 2).unwrap();
+            let place = states.iter().position(|state| *state == items);
+            let place = place.unwrap_or_else(|| panic!("cut at {cut}: a part of a unit"));
+            reached = reached.max(place);
+            assert!(cut < end || place + 1 == states.len());
+        }
+    }
+    assert_eq!(reached + 1, states.len());
+}
+
+#[test]
+fn a_flipped_bit_cuts_what_was_not_safe_and_is_damage_elsewhere() {
+    let (disk, states) = units();
+    let whole = disk.get(FIRST).unwrap();
+    let frames = frames(&disk);
+    let end = frames.last().unwrap().0;
+    let (mut cut, mut damaged) = (0, 0);
+    for at in (4096..end).step_by(5) {
+        let disk = disk.copy();
+        let mut bytes = whole.clone();
+        bytes[at] ^= 4;
+        disk.put(FIRST, &bytes);
+        let frame = frames.iter().rposition(|(begin, _)| *begin <= at).unwrap();
+        let was_safe = frames[frame + 1..].iter().any(|(_, synced)| *synced > frame as u64);
+        match open(&disk) {
+            Ok(dir) => {
+                assert!(!was_safe, "byte {at}");
+                assert!(states.contains(&restore(&dir, 1).unwrap()));
+                cut += 1;
+            }
+            Err(problem) => {
+                assert!(was_safe, "byte {at}: {problem}");
+                assert_eq!(problem.file, format!("data/{FIRST}"));
+                assert_eq!(problem.offset, Some(frames[frame].0 as u64));
+                assert!(problem.to_string().contains("--recover salvage"), "{problem}");
+                let dir = salvage(&disk);
+                assert!(!dir.warnings().is_empty());
+                assert!(states.contains(&restore(&dir, 1).unwrap()));
+                damaged += 1;
+            }
+        }
+    }
+    assert!(cut > 0 && damaged > 0);
+}
