@@ -487,7 +487,7 @@ fn what_does_not_fit_is_told() {
     server.stop();
 
     let boundaries = Config {
-        partitioner: PartitionerChoice::Ordered,
+        partitioner: Some(PartitionerChoice::Ordered),
         boundaries: vec!["m".to_owned(), "g".to_owned()],
         shards: Some(3),
         ..config(1)
@@ -523,7 +523,7 @@ fn loading_rows() {
         let ordered = partitioner == PartitionerChoice::Ordered;
         let loading = Config {
             load: Some(path.clone()),
-            partitioner,
+            partitioner: Some(partitioner),
             boundaries: if ordered {
                 vec!["key2".to_owned(), "key5".to_owned()]
             } else {
