@@ -28,7 +28,8 @@ pub struct ServerSpec {
     #[serde(default)]
     pub also: Vec<ProtocolName>,
     /// The program and its arguments. `{port}` and `{cpu}` stand for the port and the CPUs that are given to it, and
-    /// `{port-http}` for the port of the further protocol `http`. No shell is involved; words with spaces go in quotes.
+    /// `{port-http}` for the port of the further protocol `http`; `{dir}` for an empty directory of its own, below the one for
+    /// temporary files (`TMPDIR`), which is removed with the server. No shell is involved; words with spaces go in quotes.
     pub command: Option<String>,
     /// Instead of a command: the address of a server that runs already.
     pub address: Option<String>,
@@ -113,13 +114,16 @@ fn parse_targets(text: &str) -> Result<Vec<ServerSpec>, String> {
     Ok(file.server)
 }
 
+/// What stands for an empty directory in a command.
+const DIRECTORY: &str = "{dir}";
+
 /// What stands for the port of a further protocol in a command.
 fn port_of(protocol: ProtocolName) -> String {
     format!("{{port-{}}}", protocol.name())
 }
 
 /// Servers this program knows how to start.
-pub const KNOWN: [&str; 2] = ["memcached", "redis"];
+pub const KNOWN: [&str; 4] = ["memcached", "redis", "redis-always", "redis-everysec"];
 
 /// What memcached may use for items unless a load needs more, in MiB.
 pub const MEMORY_MIB: u64 = 4096;
@@ -138,14 +142,18 @@ pub fn known(name: &str, memory_mib: u64) -> Result<ServerSpec, String> {
             let command = format!("memcached -t 1 -U 0 -l 127.0.0.1 -p {{port}} -m {memory_mib} -c 4096{user}");
             ("memcached", ProtocolName::Memcached, command)
         }
-        "redis" => {
-            let command = "redis-server --bind 127.0.0.1 --port {port} --save '' --appendonly no".to_string();
+        "redis" | "redis-always" | "redis-everysec" => {
+            let persistence = match name.strip_prefix("redis-") {
+                Some(sync) => format!("yes --appendfsync {sync} --dir {{dir}}"),
+                None => "no".to_owned(),
+            };
+            let command = format!("redis-server --bind 127.0.0.1 --port {{port}} --save '' --appendonly {persistence}");
             ("redis-server", ProtocolName::Resp, command)
         }
         _ => {
             return Err(format!(
                 "'{name}' is not a server known here; known are {}",
-                KNOWN.join(" and ")
+                KNOWN.join(", ")
             ));
         }
     };
@@ -247,9 +255,19 @@ impl Server {
             .collect();
         let ports = free_ports(protocols.len()).map_err(|e| format!("no free port on loopback: {e}"))?;
         let places = std::iter::once("{port}".to_string()).chain(spec.also.iter().copied().map(port_of));
+        let directory = match command.contains(DIRECTORY) {
+            true => Some(tempfile::Builder::new().prefix("memkv-bench-").tempdir()),
+            false => None,
+        };
+        let directory = directory.transpose();
+        let directory = directory.map_err(|e| format!("no directory for server '{name}': {e}; set TMPDIR"))?;
+        let path = directory
+            .as_ref()
+            .map(|directory| directory.path().display().to_string());
         let list = cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
         let filled_in: Vec<_> = std::iter::once(("{cpu}".to_string(), list))
             .chain(places.zip(ports.iter().map(u16::to_string)))
+            .chain(path.map(|path| (DIRECTORY.to_string(), path)))
             .collect();
         // Split first: what is put in must not be split again.
         let words: Vec<String> = words(command)
@@ -262,6 +280,7 @@ impl Server {
             })
             .collect();
         let mut process = Process::start(name, &words, cpus, ports[0])?;
+        process.directory = directory;
         let addresses: Vec<_> = ports
             .into_iter()
             .map(|p| SocketAddr::from((Ipv4Addr::LOCALHOST, p)))
@@ -316,6 +335,8 @@ impl Server {
 struct Process {
     child: Child,
     log: File,
+    /// Its own, removed when it has ended.
+    directory: Option<tempfile::TempDir>,
 }
 
 impl Process {
@@ -349,7 +370,11 @@ impl Process {
                 words.join(" ")
             )
         })?;
-        Ok(Process { child, log })
+        Ok(Process {
+            child,
+            log,
+            directory: None,
+        })
     }
 
     fn wait_until_ready(&mut self, address: SocketAddr) -> Result<(), String> {
