@@ -726,6 +726,7 @@ impl Shard {
 }
 
 /// A copy of a value in memory of its own.
+#[inline(never)]
 fn owned(value: &[u8]) -> Result<Bytes, OutOfMemory> {
     let mut copy = Vec::new();
     copy.try_reserve_exact(value.len()).map_err(|_| OutOfMemory)?;

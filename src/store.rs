@@ -269,6 +269,12 @@ impl Store {
             if let Some(location) = self.memory.allocate(budget, bytes) {
                 return Ok(location);
             }
+            if self.image_lends(budget, bytes) {
+                let limited = budget.set_unlimited(true);
+                let location = self.memory.allocate(budget, bytes);
+                budget.set_unlimited(limited);
+                return location.ok_or(OutOfMemory);
+            }
             self.make_room(budget, keep, &mut evicted)?;
         }
     }
@@ -278,6 +284,10 @@ impl Store {
     fn charge(&mut self, budget: &mut Budget, bytes: usize, keep: Option<Position>) -> Result<(), OutOfMemory> {
         let mut evicted = 0;
         while !budget.charge(bytes) {
+            if self.image_lends(budget, bytes) {
+                budget.charge_always(bytes);
+                break;
+            }
             self.make_room(budget, keep, &mut evicted)?;
         }
         Ok(())
@@ -499,7 +509,7 @@ impl Store {
             self.recharge_order(budget);
             // Others make place for that, and by and by for whatever else was charged above the limit.
             for _ in 0..YIELDS_PER_INSERT {
-                if budget.room() >= 0 || !self.yield_memory_but(budget, Some(position)) {
+                if budget.room() >= 0 || self.image_lends(budget, 0) || !self.yield_memory_but(budget, Some(position)) {
                     break;
                 }
             }

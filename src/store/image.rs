@@ -318,6 +318,14 @@ impl Store {
         self.image.as_ref().map_or(0, |image| image.backlog.bytes)
     }
 
+    /// Where items are evicted, so many bytes may be charged above the limit, because the backlog takes as many and gives them
+    /// back soon. Evicting what is then saved frees nothing: for one large value all others would go.
+    #[cold]
+    pub(super) fn image_lends(&self, budget: &Budget, bytes: usize) -> bool {
+        let backlog = self.image_backlog_bytes() as i64;
+        backlog > 0 && self.evicts() && budget.room() + backlog >= bytes as i64
+    }
+
     /// Bytes charged for the image, without large values, which are charged as the table's.
     pub(crate) fn image_bytes(&self) -> usize {
         self.image.as_ref().map_or(0, |image| image.charged)
@@ -586,6 +594,47 @@ mod tests {
             }
             assert!(number > round * count + count / 100);
             (0..count / 2).for_each(|more| world.set(number + more));
+        }
+    }
+
+    /// Evicting what an image must save frees no memory; all the same, not everything is evicted for the sake of a few.
+    #[test]
+    fn an_image_does_not_empty_a_table_that_is_full() {
+        let large = Bytes::from(vec![7; 20_000]);
+        for value in [Value::Large(&large), Value::Small(&[7; 300])] {
+            let limit = if cfg!(miri) { 200_000 } else { 4_000_000 };
+            let mut budget = Budget::new(Pool::new(limit));
+            let mut store = Store::new(PARTITIONER, true, NOW, &mut budget);
+            let bytes = value.bytes().len();
+            let count = 3 * limit as usize / bytes;
+            // Each has memory of its own.
+            let add = |store: &mut Store, budget: &mut Budget, number: usize| {
+                let key = format!("key{number}").into_bytes();
+                let own = Bytes::from(vec![7; bytes]);
+                let value = match value {
+                    Value::Large(_) => Value::Large(&own),
+                    small => small,
+                };
+                put(store, budget, &key, value);
+            };
+            (0..count).for_each(|number| add(&mut store, &mut budget, number));
+            let (items, more) = (store.len(), count / 20);
+            store.take_evicted();
+            assert!(store.begin_image(&mut budget, NOW));
+            (count..count + more).for_each(|number| add(&mut store, &mut budget, number));
+            let evicted = store.take_evicted().unwrap();
+            assert!(store.image_backlog_bytes() > 0, "some were evicted, and saved");
+            assert!(
+                evicted.new + evicted.old < 2 * more as u64 + 32,
+                "{evicted:?} of {items} for {more}"
+            );
+            // What is charged above the limit is not more than what is saved.
+            assert!(budget.charged() < limit + store.image_backlog_bytes() as u64 + 100_000);
+            store.drop_image(&mut budget);
+            for _ in 0..100 {
+                store.tick(&mut budget, NOW);
+            }
+            assert!(budget.charged() < limit + 100_000);
         }
     }
 

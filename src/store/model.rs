@@ -207,9 +207,10 @@ impl Machine {
             self.store.mark_access(position, self.now.seconds());
             if b.is_multiple_of(5) {
                 // A write, perhaps: the position is good no more.
-                self.store.set_state(&mut self.budget, position, WON, 0);
-                if let Some(item) = self.model.get_mut(&Self::key(a)) {
-                    item.state |= WON;
+                if self.store.set_state(&mut self.budget, position, WON, 0)
+                    && let Some(expected) = self.model.get_mut(&Self::key(a))
+                {
+                    expected.state |= WON;
                 }
                 return;
             }
