@@ -69,7 +69,9 @@ pub(super) struct Search<'a> {
     pub(super) seal: Seal,
     pub(super) directory: u64,
     pub(super) salvage: bool,
-    pub(super) warnings: &'a mut Vec<String>,
+    pub(super) warnings: Vec<String>,
+    /// How often something was damaged.
+    pub(super) damages: usize,
 }
 
 /// Where a log ends.
@@ -97,22 +99,8 @@ pub(super) fn read_block(file: &dyn File) -> std::io::Result<Vec<u8>> {
 
 impl Past {
     /// Looks through the directory.
-    pub(super) fn find(
-        disk: &Arc<dyn Disk>,
-        names: &Names,
-        manifest: &Manifest,
-        salvage: bool,
-        warnings: &mut Vec<String>,
-    ) -> Result<Self, Problem> {
-        let mut search = Search {
-            disk,
-            names,
-            seal: Seal::new(manifest.directory.0),
-            directory: manifest.directory.0,
-            salvage,
-            warnings,
-        };
-        let numbers = segment_numbers(&**disk, names)?;
+    pub(super) fn find(search: &mut Search<'_>, manifest: &Manifest) -> Result<Self, Problem> {
+        let numbers = segment_numbers(&**search.disk, search.names)?;
         let mut generations = vec![];
         for described in &manifest.generations {
             generations.push(search.generation(described, &numbers)?);
@@ -123,7 +111,7 @@ impl Past {
             generations,
             images,
         };
-        past.check_coverage(&mut search)?;
+        past.check_coverage(search)?;
         Ok(past)
     }
 
@@ -193,12 +181,25 @@ pub(super) fn segment_numbers(disk: &dyn Disk, names: &Names) -> Result<Numbers,
     Ok(numbers)
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    pub(super) fn new(disk: &'a Arc<dyn Disk>, names: &'a Names, manifest: &Manifest, salvage: bool) -> Self {
+        Self {
+            disk,
+            names,
+            seal: Seal::new(manifest.directory.0),
+            directory: manifest.directory.0,
+            salvage,
+            warnings: vec![],
+            damages: 0,
+        }
+    }
+
     /// Damage was found: it ends the search, or is only told.
     fn damaged(&mut self, problem: Problem) -> Result<(), Problem> {
         if !self.salvage {
             return Err(problem);
         }
+        self.damages += 1;
         self.warnings.push(
             Problem {
                 remedy: String::new(),
@@ -254,7 +255,7 @@ impl Search<'_> {
         if described.runs.len() == 1 {
             old.closed = None;
         }
-        if !damaged.is_empty() {
+        if !damaged.is_empty() && described.runs.len() > 1 {
             self.warnings.push(format!(
                 "generation {}: transactions over several cores may be there in part",
                 described.number
