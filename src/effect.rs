@@ -302,7 +302,7 @@ mod tests {
         #[test]
         fn any_bytes_are_read(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let mut rest = &bytes[..];
-            while let Ok(_) = read(&mut rest) {
+            while read(&mut rest).is_ok() {
                 if rest.is_empty() { break; }
             }
         }

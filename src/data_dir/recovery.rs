@@ -381,8 +381,8 @@ impl<'a> Search<'a> {
                 ended.damaged = true;
                 break;
             }
-            let something =
-                matches!(bad, Stop::Bad(Bad::Checksum | Bad::Length(_) | Bad::Short(_))) && !at_end(&reader, segment);
+            let something = matches!(bad, Stop::Bad(Bad::Checksum | Bad::Length(_) | Bad::Short(_)))
+                && offset + frame::HEAD_BYTES as u64 <= segment.bytes;
             if something || next.0 != ended.end.0 {
                 self.warnings.push(format!(
                     "{}/{path}, offset {offset}: the log ends with something that was not written completely; it is cut",
@@ -435,7 +435,7 @@ impl<'a> Search<'a> {
             let io = self.names.io("read", &segment.path);
             let file = self.disk.open(&segment.path).map_err(&io)?;
             let mut reader = Reader::new(file, self.seal, vec![]);
-            if let Ok(first) = reader.next().map_err(&io)?
+            if let Ok(first) = reader.read().map_err(&io)?
                 && first.frame.sequence == segment.head.sequence
                 && first.frame.epoch <= closed
             {
@@ -478,11 +478,6 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Nothing but the beginning of a frame's magic at the very end of the file: no frame was begun there.
-fn at_end(reader: &Reader, segment: &Segment) -> bool {
-    reader.offset() + frame::HEAD_BYTES as u64 > segment.bytes
-}
-
 /// Why reading ended at a place where a frame should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
@@ -514,7 +509,7 @@ fn walk(
 ) -> std::io::Result<Option<(u64, Stop)>> {
     while next.0 < limit {
         let offset = reader.offset();
-        let found = match reader.next()? {
+        let found = match reader.read()? {
             Ok(found) => found,
             Err(bad) => return Ok(Some((offset, Stop::Bad(bad)))),
         };
@@ -593,7 +588,7 @@ impl LogReader {
             return Ok(None);
         };
         let offset = reader.offset();
-        let stop = match reader.next().map_err(names.io("read", &segment.path))? {
+        let stop = match reader.read().map_err(names.io("read", &segment.path))? {
             Ok(found) if is_next(&found.frame, &segment.head, self.next) => {
                 self.next = (self.next.0 + 1, self.next.1 + found.body.len() as u64);
                 return Ok(Some(found));
@@ -688,7 +683,7 @@ impl ImageReader {
             return Ok(None);
         };
         let offset = reader.offset();
-        let found = reader.next().map_err(names.io("read", &self.path))?;
+        let found = reader.read().map_err(names.io("read", &self.path))?;
         let found = found.map_err(|bad| names.damage(&self.path, offset, format!("the image is damaged: {bad}")))?;
         let Found { frame, body, .. } = found;
         let expected =

@@ -61,7 +61,7 @@ impl Folder {
         }
         let written = lock
             .set_len(0)
-            .and_then(|()| write!(lock, "process {}\n", std::process::id()));
+            .and_then(|()| writeln!(lock, "process {}", std::process::id()));
         written.map_err(|error| named("write to the data directory", &error))?;
         Ok(Self {
             root: root.to_owned(),
@@ -96,12 +96,14 @@ pub fn inspect(root: &Path, records: bool, line: &mut dyn FnMut(&str)) -> std::r
 /// The system's words, and what is behind them.
 fn told(error: &Error) -> String {
     match error.kind() {
-        // SAFETY: `geteuid` only returns a number.
-        ErrorKind::PermissionDenied => format!(
-            "{error}: this process runs as user {}; have that user own the directory and everything in it, or start as the user \
-             that owns it",
-            unsafe { libc::geteuid() }
-        ),
+        ErrorKind::PermissionDenied => {
+            // SAFETY: `geteuid` only returns a number.
+            let user = unsafe { libc::geteuid() };
+            format!(
+                "{error}: this process runs as user {user}; have that user own the directory and everything in it, or start as \
+                 the user that owns it"
+            )
+        }
         ErrorKind::NotADirectory => format!("{error}: name a directory"),
         ErrorKind::ReadOnlyFilesystem => format!("{error}: mount it for writing"),
         _ => error.to_string(),
