@@ -140,7 +140,12 @@ fn parse_receive_buffers(text: &str) -> Result<u16, String> {
 
 /// A thread-per-core, shared-nothing in-memory key-value server.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "memkv-tpc", version, about)]
+#[command(
+    name = "memkv-tpc",
+    version,
+    about,
+    after_help = "`memkv-tpc inspect DIR` describes a data directory; `memkv-tpc inspect --help` tells more."
+)]
 pub struct Config {
     /// Cores to serve with, one thread and one key range each [default: all CPUs this process may use].
     ///

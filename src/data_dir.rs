@@ -4,11 +4,14 @@
 //! server) counts. [`DataDir::begin_generation`] writes that down together with the new generation. Then each core has a
 //! [`Keeper`] for its own new files, and a [`Restorer`] that reads what earlier generations left of its shards.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod inspect;
 mod manifest;
 mod recovery;
 mod restore;
 
+pub use inspect::describe;
 pub use restore::{Restored, Restorer};
 
 use crate::config::PartitionerChoice;
@@ -18,7 +21,7 @@ use crate::keeper::{self, Keeper, Place};
 use crate::partition::RangeTable;
 use crate::wal::Durability;
 use manifest::{Generation, Layout, Manifest};
-use recovery::Past;
+use recovery::{Past, Search};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -155,8 +158,9 @@ impl DataDir {
             }
         };
         manifest.layout.check(&wanted, &names)?;
-        let mut warnings = vec![];
-        let past = Past::find(&disk, &names, &manifest, wanted.salvage, &mut warnings)?;
+        let mut search = Search::new(&disk, &names, &manifest, wanted.salvage);
+        let past = Past::find(&mut search, &manifest)?;
+        let warnings = search.warnings;
         let images = past
             .images
             .iter()

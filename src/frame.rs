@@ -254,7 +254,7 @@ impl Reader {
     }
 
     /// The next frame, or why there is none; then the reader stays where it is.
-    pub fn next(&mut self) -> std::io::Result<Result<Found<'_>, Bad>> {
+    pub fn read(&mut self) -> std::io::Result<Result<Found<'_>, Bad>> {
         self.fill(HEAD_BYTES)?;
         let length = match peek(&self.buffer[self.start..self.end]) {
             Ok((_, length)) => length,
@@ -415,12 +415,12 @@ mod tests {
         let mut bytes = vec![0; HEAD_BYTES + 5];
         Seal::new(1).write(&frame(4, MORE), b"hello", &mut bytes);
         let mut reader = reader_of(&bytes);
-        let found = reader.next().unwrap().unwrap();
+        let found = reader.read().unwrap().unwrap();
         assert_eq!(
             (found.frame, found.body, found.offset),
             (frame(4, MORE), &b"hello"[..], 4096)
         );
-        assert_eq!(reader.next().unwrap().err(), Some(Bad::Short(HEAD_BYTES)));
+        assert_eq!(reader.read().unwrap().err(), Some(Bad::Short(HEAD_BYTES)));
         assert_eq!(Seal::new(2).read(&bytes), Err(Bad::Checksum));
         for bit in 0..bytes.len() * 8 {
             bytes[bit / 8] ^= 1 << (bit % 8);

@@ -96,6 +96,22 @@ pub mod fuzzing {
     pub fn store(data: &[u8]) {
         crate::store::model::check(data);
     }
+
+    /// Reads a log that `data` made or damaged.
+    ///
+    /// # Panics
+    /// When reading finds what nobody wrote.
+    pub fn log(data: &[u8]) {
+        crate::data_dir::fuzz::log(data);
+    }
+
+    /// Reads an image that `data` made or damaged.
+    ///
+    /// # Panics
+    /// When reading finds what nobody wrote.
+    pub fn image(data: &[u8]) {
+        crate::data_dir::fuzz::image(data);
+    }
 }
 
 /// The messages of the protobuf protocol, as `proto/memkv.proto` defines them.

@@ -1,6 +1,7 @@
 //! The server's command line: options, start, signals, exit codes.
 //!
-//! Exit codes: 0 after a stop that was asked for, 1 when the server cannot start, 2 for options that make no sense.
+//! Exit codes: 0 after a stop that was asked for, 1 when the server cannot start, 2 for options that make no sense. `memkv-tpc
+//! inspect DIR` starts nothing: it describes a data directory, and ends with 1 when something in it is damaged.
 
 use clap::Parser;
 use memkv::config::Config;
@@ -10,6 +11,7 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
@@ -17,9 +19,44 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,memkv=info"))
         .format_target(false)
         .init();
+    if std::env::args_os().nth(1).is_some_and(|first| first == "inspect") {
+        return inspect(&Inspect::parse_from(std::env::args_os().skip(1)));
+    }
     let config = Config::parse();
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "memkv-tpc: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Describes a data directory: what it holds, and what of that is damaged. It may be in use.
+#[derive(Debug, Parser)]
+#[command(name = "memkv-tpc inspect", version)]
+struct Inspect {
+    /// The data directory.
+    directory: PathBuf,
+
+    /// Show every record.
+    #[arg(long)]
+    records: bool,
+}
+
+fn inspect(options: &Inspect) -> ExitCode {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut written = Ok(());
+    let found = memkv::runtime::inspect(&options.directory, options.records, &mut |line| {
+        if written.is_ok() {
+            written = writeln!(out, "{line}");
+        }
+    });
+    // Whoever reads it may have seen enough.
+    let _ = written.and_then(|()| out.flush());
+    match found {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "memkv-tpc: {error}");
             ExitCode::FAILURE

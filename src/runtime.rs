@@ -26,7 +26,7 @@ use crate::engine::Engine;
 use crate::model::CoreId;
 use crate::partition::RangeTable;
 use crate::protocol::Protocol;
-pub use disk::Folder;
+pub use disk::{Folder, inspect};
 use mesh::{Mesh, Peer};
 use socket2::{Domain, Socket, Type};
 use std::net::SocketAddr;

@@ -69,7 +69,9 @@ pub(super) struct Search<'a> {
     pub(super) seal: Seal,
     pub(super) directory: u64,
     pub(super) salvage: bool,
-    pub(super) warnings: &'a mut Vec<String>,
+    pub(super) warnings: Vec<String>,
+    /// How often something was damaged.
+    pub(super) damages: usize,
 }
 
 /// Where a log ends.
@@ -97,22 +99,8 @@ pub(super) fn read_block(file: &dyn File) -> std::io::Result<Vec<u8>> {
 
 impl Past {
     /// Looks through the directory.
-    pub(super) fn find(
-        disk: &Arc<dyn Disk>,
-        names: &Names,
-        manifest: &Manifest,
-        salvage: bool,
-        warnings: &mut Vec<String>,
-    ) -> Result<Self, Problem> {
-        let mut search = Search {
-            disk,
-            names,
-            seal: Seal::new(manifest.directory.0),
-            directory: manifest.directory.0,
-            salvage,
-            warnings,
-        };
-        let numbers = segment_numbers(&**disk, names)?;
+    pub(super) fn find(search: &mut Search<'_>, manifest: &Manifest) -> Result<Self, Problem> {
+        let numbers = segment_numbers(&**search.disk, search.names)?;
         let mut generations = vec![];
         for described in &manifest.generations {
             generations.push(search.generation(described, &numbers)?);
@@ -123,7 +111,7 @@ impl Past {
             generations,
             images,
         };
-        past.check_coverage(&mut search)?;
+        past.check_coverage(search)?;
         Ok(past)
     }
 
@@ -193,12 +181,25 @@ pub(super) fn segment_numbers(disk: &dyn Disk, names: &Names) -> Result<Numbers,
     Ok(numbers)
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    pub(super) fn new(disk: &'a Arc<dyn Disk>, names: &'a Names, manifest: &Manifest, salvage: bool) -> Self {
+        Self {
+            disk,
+            names,
+            seal: Seal::new(manifest.directory.0),
+            directory: manifest.directory.0,
+            salvage,
+            warnings: vec![],
+            damages: 0,
+        }
+    }
+
     /// Damage was found: it ends the search, or is only told.
     fn damaged(&mut self, problem: Problem) -> Result<(), Problem> {
         if !self.salvage {
             return Err(problem);
         }
+        self.damages += 1;
         self.warnings.push(
             Problem {
                 remedy: String::new(),
@@ -254,7 +255,7 @@ impl Search<'_> {
         if described.runs.len() == 1 {
             old.closed = None;
         }
-        if !damaged.is_empty() {
+        if !damaged.is_empty() && described.runs.len() > 1 {
             self.warnings.push(format!(
                 "generation {}: transactions over several cores may be there in part",
                 described.number
@@ -380,8 +381,8 @@ impl Search<'_> {
                 ended.damaged = true;
                 break;
             }
-            let something =
-                matches!(bad, Stop::Bad(Bad::Checksum | Bad::Length(_) | Bad::Short(_))) && !at_end(&reader, segment);
+            let something = matches!(bad, Stop::Bad(Bad::Checksum | Bad::Length(_) | Bad::Short(_)))
+                && offset + frame::HEAD_BYTES as u64 <= segment.bytes;
             if something || next.0 != ended.end.0 {
                 self.warnings.push(format!(
                     "{}/{path}, offset {offset}: the log ends with something that was not written completely; it is cut",
@@ -434,7 +435,7 @@ impl Search<'_> {
             let io = self.names.io("read", &segment.path);
             let file = self.disk.open(&segment.path).map_err(&io)?;
             let mut reader = Reader::new(file, self.seal, vec![]);
-            if let Ok(first) = reader.next().map_err(&io)?
+            if let Ok(first) = reader.read().map_err(&io)?
                 && first.frame.sequence == segment.head.sequence
                 && first.frame.epoch <= closed
             {
@@ -477,11 +478,6 @@ impl Search<'_> {
     }
 }
 
-/// Nothing but the beginning of a frame's magic at the very end of the file: no frame was begun there.
-fn at_end(reader: &Reader, segment: &Segment) -> bool {
-    reader.offset() + frame::HEAD_BYTES as u64 > segment.bytes
-}
-
 /// Why reading ended at a place where a frame should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
@@ -513,7 +509,7 @@ fn walk(
 ) -> std::io::Result<Option<(u64, Stop)>> {
     while next.0 < limit {
         let offset = reader.offset();
-        let found = match reader.next()? {
+        let found = match reader.read()? {
             Ok(found) => found,
             Err(bad) => return Ok(Some((offset, Stop::Bad(bad)))),
         };
@@ -592,7 +588,7 @@ impl LogReader {
             return Ok(None);
         };
         let offset = reader.offset();
-        let stop = match reader.next().map_err(names.io("read", &segment.path))? {
+        let stop = match reader.read().map_err(names.io("read", &segment.path))? {
             Ok(found) if is_next(&found.frame, &segment.head, self.next) => {
                 self.next = (self.next.0 + 1, self.next.1 + found.body.len() as u64);
                 return Ok(Some(found));
@@ -687,7 +683,7 @@ impl ImageReader {
             return Ok(None);
         };
         let offset = reader.offset();
-        let found = reader.next().map_err(names.io("read", &self.path))?;
+        let found = reader.read().map_err(names.io("read", &self.path))?;
         let found = found.map_err(|bad| names.damage(&self.path, offset, format!("the image is damaged: {bad}")))?;
         let Found { frame, body, .. } = found;
         let expected =

@@ -318,6 +318,12 @@ fn a_flipped_bit_cuts_what_was_not_safe_and_is_damage_elsewhere() {
             Ok(dir) => {
                 assert!(!was_safe, "byte {at}");
                 assert!(states.contains(&restore(&dir, 1).unwrap()));
+                // But for a flip that makes it look as if nothing had been there.
+                let magic = at < frames[frame].0 + 4;
+                assert!(
+                    magic || dir.warnings().iter().any(|warning| warning.contains("it is cut")),
+                    "byte {at}"
+                );
                 cut += 1;
             }
             Err(problem) => {
@@ -333,4 +339,195 @@ fn a_flipped_bit_cuts_what_was_not_safe_and_is_damage_elsewhere() {
         }
     }
     assert!(cut > 0 && damaged > 0);
+}
+
+proptest! {
+    /// Whatever bytes there are, reading them ends, and nothing comes out that nobody wrote.
+    #[test]
+    fn any_bytes_are_read(data in prop::collection::vec(any::<u8>(), 0..400)) {
+        fuzz::log(&data);
+        fuzz::image(&data);
+    }
+}
+
+/// Two cores, with what each wrote in epochs 2 and 3: a part of one transaction each, and a key of its own.
+struct Two {
+    disk: MemoryDisk,
+    run: Run,
+    /// A key of each core.
+    keys: [Vec<u8>; 2],
+}
+
+impl Two {
+    fn begin(durability: Durability) -> Self {
+        let disk = MemoryDisk::default();
+        let mut dir = open(&disk).unwrap();
+        let run = Run::begin(&mut dir, 2, durability);
+        let key = |core| {
+            (0..=255)
+                .map(|key| vec![key])
+                .find(|key| run.core_of(key) == core)
+                .unwrap()
+        };
+        let keys = [key(0), key(1)];
+        Self { disk, run, keys }
+    }
+
+    fn part(&mut self, core: usize, clock: u64, epoch: u64, value: &[u8]) {
+        let log = &mut self.run.logs[core];
+        log.begin_part(0, clock, epoch, &[0, 1]);
+        log.put(&image(&self.keys[core], &(value.to_vec(), Deadline::Never, 0)));
+        log.finish_part();
+    }
+
+    fn epoch(&mut self, core: usize) {
+        let log = &mut self.run.logs[core];
+        log.close_epoch(log.epoch());
+        log.begin_epoch(log.epoch() + 1);
+    }
+
+    /// The values of the two keys, and the warnings.
+    fn values(&self) -> ([Option<Vec<u8>>; 2], Vec<String>) {
+        let mut dir = open(&self.disk).unwrap();
+        let value = |items: &Items| [0, 1].map(|core| items.get(&self.keys[core]).map(|item| item.0.clone()));
+        let items = restore(&dir, 3).unwrap();
+        let table = dir.table(4).unwrap();
+        dir.begin_generation(&table, Durability::None).unwrap();
+        // Written down, it is the same, also when more happens.
+        let again = restore(&open(&self.disk).unwrap(), 1).unwrap();
+        assert_eq!(items, again);
+        (value(&items), dir.warnings().to_vec())
+    }
+}
+
+#[test]
+fn a_transaction_counts_when_all_its_writers_have_it() {
+    for has_it in [false, true] {
+        let mut two = Two::begin(Durability::Always);
+        two.part(0, 7, 1, b"first");
+        two.part(1, 7, 1, b"first");
+        two.run.write_all(true, false);
+        two.part(0, 8, 1, b"second");
+        two.run.write(0, true, false);
+        if has_it {
+            two.part(1, 8, 1, b"second");
+            two.run.write(1, true, false);
+        }
+        let (values, warnings) = two.values();
+        let expected = if has_it { b"second".to_vec() } else { b"first".to_vec() };
+        assert_eq!(values, [Some(expected.clone()), Some(expected)]);
+        assert_eq!(
+            warnings.iter().any(|warning| warning.contains("1 transactions")),
+            !has_it,
+            "{warnings:?}"
+        );
+    }
+}
+
+#[test]
+fn with_an_interval_what_all_cores_have_closed_counts() {
+    for durability in [Durability::None, Durability::Interval] {
+        let mut two = Two::begin(durability);
+        two.part(0, 7, 1, b"first");
+        two.part(1, 7, 1, b"first");
+        two.epoch(0);
+        two.epoch(1);
+        two.run.write_all(true, false);
+        // Epoch 2, in which core 0 is alone when the machine stops; a part of epoch 1 comes late.
+        two.part(0, 8, 2, b"second");
+        two.epoch(0);
+        let key = two.keys[0].clone();
+        two.run.put(&key, b"third");
+        two.run.write(0, true, false);
+        let (values, warnings) = two.values();
+        assert_eq!(values, [Some(b"first".to_vec()), Some(b"first".to_vec())]);
+        assert!(warnings[0].contains("after epoch 1"), "{warnings:?}");
+    }
+    // When both ended in order, everything counts.
+    let mut two = Two::begin(Durability::Interval);
+    let key = two.keys[0].clone();
+    two.run.put(&key, b"third");
+    two.run.write_all(true, true);
+    let (values, warnings) = two.values();
+    assert_eq!((values, warnings), ([Some(b"third".to_vec()), None], vec![]));
+}
+
+#[test]
+fn what_the_options_say_must_be_what_the_directory_has() {
+    let disk = MemoryDisk::default();
+    drop(open(&disk).unwrap());
+    let differs = |change: &dyn Fn(&mut Wanted)| {
+        let mut wanted = wanted();
+        change(&mut wanted);
+        let opened = DataDir::open(Arc::new(disk.clone()), wanted);
+        opened.unwrap_err().to_string()
+    };
+    let told = differs(&|wanted| wanted.shards = Some(9));
+    assert!(told.contains("--shards 8") && told.contains("--shards 9"), "{told}");
+    let told = differs(&|wanted| wanted.seed = Some(5));
+    assert!(
+        told.contains("--token-seed 18446744073709551615") && told.contains("--token-seed 5"),
+        "{told}"
+    );
+    let told = differs(&|wanted| wanted.partitioner = Some(PartitionerChoice::Ordered));
+    assert!(told.contains("hashed") && told.contains("ordered"), "{told}");
+    let told = differs(&|wanted| wanted.boundaries = vec!["m".to_owned()]);
+    assert!(told.contains("--boundaries m"), "{told}");
+}
+
+#[test]
+fn a_manifest_that_cannot_be_read_is_told() {
+    let disk = MemoryDisk::default();
+    drop(open(&disk).unwrap());
+    let text = String::from_utf8(disk.get("MANIFEST").unwrap()).unwrap();
+    let told = |text: &str| {
+        disk.put("MANIFEST", text.as_bytes());
+        open(&disk).unwrap_err().to_string()
+    };
+    let newer = told(&text.replace("format = 1", "format = 2"));
+    assert!(
+        newer.contains("format version 2") && newer.contains("newer program"),
+        "{newer}"
+    );
+    let edited = told(&text.replace("shards = 8", "shards = 9"));
+    assert!(edited.contains("checksum"), "{edited}");
+    assert!(told("").contains("no format version"));
+    disk.remove("MANIFEST").unwrap();
+    disk.put(FIRST, b"");
+    let missing = open(&disk).unwrap_err().to_string();
+    assert!(
+        missing.contains("data/MANIFEST: it is missing, but there is log/"),
+        "{missing}"
+    );
+}
+
+#[test]
+fn a_missing_log_is_damage_and_inspection_says_what_is_there() {
+    let (disk, _) = units();
+    let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+    let describe = || {
+        let mut lines = vec![];
+        let damages = describe(&shared, "data", true, &mut |line| lines.push(line.to_owned())).unwrap();
+        (damages, lines.join("\n"))
+    };
+    let (damages, text) = describe();
+    assert_eq!(damages, 0, "{text}");
+    assert!(text.contains("put 'both' '\\x0b' (1 bytes"), "{text}");
+    assert!(text.ends_with("nothing is damaged"), "{text}");
+    let mut bytes = disk.get(FIRST).unwrap();
+    bytes[4096 + 80] ^= 1;
+    disk.put(FIRST, &bytes);
+    let (damages, text) = describe();
+    assert_eq!(damages, 1, "{text}");
+    assert!(
+        text.contains(&format!("data/{FIRST}, offset 4096: frame 0 is damaged")),
+        "{text}"
+    );
+    disk.remove(FIRST).unwrap();
+    let missing = open(&disk).unwrap_err().to_string();
+    assert!(
+        missing.contains("the log of core 0 in generation 1 is missing"),
+        "{missing}"
+    );
+    assert!(describe().0 > 0);
 }

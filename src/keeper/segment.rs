@@ -214,7 +214,7 @@ impl Log {
         let written = self.file.write_at(self.base, &bytes[..end]);
         written.map_err(|error| place.failed("write to", &name(place, self.head.number).path(), &error))?;
         let whole = self.filled / BLOCK_BYTES;
-        if whole > 0 && self.filled % BLOCK_BYTES > 0 {
+        if whole > 0 && !self.filled.is_multiple_of(BLOCK_BYTES) {
             self.buffer[0] = self.buffer[whole];
         }
         self.base += (whole * BLOCK_BYTES) as u64;

@@ -9,6 +9,7 @@ use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 
@@ -60,7 +61,7 @@ impl Folder {
         }
         let written = lock
             .set_len(0)
-            .and_then(|()| write!(lock, "process {}\n", std::process::id()));
+            .and_then(|()| writeln!(lock, "process {}", std::process::id()));
         written.map_err(|error| named("write to the data directory", &error))?;
         Ok(Self {
             root: root.to_owned(),
@@ -82,15 +83,27 @@ impl Folder {
     }
 }
 
+/// Describes a data directory, line by line, with every record where that is wanted; returns how often something is damaged.
+///
+/// # Errors
+/// When it is none, or cannot be read.
+pub fn inspect(root: &Path, records: bool, line: &mut dyn FnMut(&str)) -> std::result::Result<usize, StartError> {
+    let disk: Arc<dyn Disk> = Arc::new(Folder::look_at(root)?);
+    let found = crate::data_dir::describe(&disk, &root.display().to_string(), records, line);
+    found.map_err(|problem| StartError(problem.to_string()))
+}
+
 /// The system's words, and what is behind them.
 fn told(error: &Error) -> String {
     match error.kind() {
-        // SAFETY: `geteuid` only returns a number.
-        ErrorKind::PermissionDenied => format!(
-            "{error}: this process runs as user {}; have that user own the directory and everything in it, or start as the user \
-             that owns it",
-            unsafe { libc::geteuid() }
-        ),
+        ErrorKind::PermissionDenied => {
+            // SAFETY: `geteuid` only returns a number.
+            let user = unsafe { libc::geteuid() };
+            format!(
+                "{error}: this process runs as user {user}; have that user own the directory and everything in it, or start as \
+                 the user that owns it"
+            )
+        }
         ErrorKind::NotADirectory => format!("{error}: name a directory"),
         ErrorKind::ReadOnlyFilesystem => format!("{error}: mount it for writing"),
         _ => error.to_string(),
@@ -340,7 +353,6 @@ mod tests {
     use crate::data_dir::{DataDir, SEGMENT_BYTES, Wanted};
     use crate::disk::{BLOCK_BYTES, Block};
     use crate::wal::{Durability, Log};
-    use std::sync::Arc;
 
     #[test]
     fn files_are_written_read_and_named() {
@@ -410,7 +422,7 @@ mod tests {
         dir.begin_generation(&dir.table(1).unwrap(), Durability::Always)
             .unwrap();
         let (bell, rung) = std::sync::mpsc::channel();
-        let bell = Box::new(move || drop(bell.send(())));
+        let bell = Box::new(move || bell.send(()).unwrap());
         let mut filer = Filer::start(0, dir.keeper(0).unwrap(), bell).unwrap();
         drop(dir);
         let mut log = Log::new(1);
