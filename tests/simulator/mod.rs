@@ -3,6 +3,7 @@
 pub mod checker;
 pub mod client;
 pub mod cluster;
+pub mod disk;
 pub mod json_line;
 pub mod model;
 pub mod mutation;
