@@ -5,6 +5,7 @@ pub mod client;
 pub mod cluster;
 pub mod disk;
 pub mod json_line;
+pub mod keepers;
 pub mod lives;
 pub mod model;
 pub mod mutation;
