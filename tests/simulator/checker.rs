@@ -7,11 +7,14 @@
 //! two writes write the same text, so what somebody has still to read must not be written already and gone.
 //!
 //! Beyond that, calls of one connection that share a key are done in the order in which they were asked.
+//!
+//! A crash that may forget the end of a history asks for one more thing: a moment of that order, the cut, at which the map was
+//! what was found afterwards. What is done after the cut does not depend on it, so the search remembers only that there was one.
 
 use super::model::{Call, Key, Outcome, Said, State, Value, apply};
 use ahash::{AHashSet, RandomState};
 use std::collections::HashMap;
-use std::fmt::Write;
+use std::fmt::{self, Display, Formatter, Write};
 
 /// Calls that a history may have: bits of a number.
 pub const CALLS_MAX: usize = 128;
@@ -30,8 +33,32 @@ pub enum Checked {
     GaveUp,
 }
 
+/// What is asked of a history.
+#[derive(Clone, Debug, Default)]
+pub struct Question {
+    /// What was there before.
+    pub initial: State,
+    /// In the order in which each client asked.
+    pub calls: Vec<Call>,
+    /// It was forgotten from some moment on.
+    pub cut: Option<Cut>,
+}
+
+/// What is known of the moment up to which a history was kept.
+#[derive(Clone, Debug)]
+pub struct Cut {
+    /// What was answered before this step is kept, and so is each call that was to be safe before its answer.
+    pub keeps_before: u64,
+    /// A read, at one instant, of what was kept.
+    pub found: Call,
+}
+
 struct Search<'a> {
     calls: &'a [Call],
+    initial: State,
+    cut: Option<&'a Cut>,
+    /// Those that must be done before the cut.
+    kept: u128,
     /// For each call, those that must be done before.
     before: Vec<u128>,
     /// Those that were answered: they must be done.
@@ -39,7 +66,9 @@ struct Search<'a> {
     /// Those of them that change nothing, whenever they are done.
     idle: u128,
     /// What is read from the store: by which call, at which key, which text, and the call that wrote it.
-    reads: Vec<(usize, Key, u32, usize)>,
+    reads: Vec<Reading<usize>>,
+    /// The same for what was found after the cut.
+    found: Vec<Reading<()>>,
     /// Fingerprints of the pairs that were visited.
     seen: AHashSet<u128>,
     hashers: [RandomState; 2],
@@ -48,8 +77,26 @@ struct Search<'a> {
     best: (u32, u128, State),
 }
 
+/// A text that was read.
+struct Reading<R> {
+    reader: R,
+    key: Key,
+    text: u32,
+    /// The call that wrote it; if it was there in the beginning, none.
+    writer: Option<usize>,
+}
+
+impl<R> Reading<R> {
+    /// It was written, and is there no more.
+    fn is_gone(&self, done: u128, state: &State) -> bool {
+        self.writer.is_none_or(|writer| done & 1 << writer != 0)
+            && state[self.key].is_none_or(|item| item.value != Value::Text(self.text))
+    }
+}
+
 impl<'a> Search<'a> {
-    fn new(calls: &'a [Call]) -> Self {
+    fn new(question: &'a Question) -> Self {
+        let Question { initial, calls, cut } = question;
         assert!(calls.len() <= CALLS_MAX, "{} calls are too many", calls.len());
         let mut before = vec![0u128; calls.len()];
         for (later, mask) in before.iter_mut().enumerate() {
@@ -62,16 +109,31 @@ impl<'a> Search<'a> {
                 }
             }
         }
-        let those = |are: fn(&Call) -> bool| {
+        let those = |are: &dyn Fn(&Call) -> bool| {
             let those = (0..calls.len()).filter(|at| are(&calls[*at]));
             those.fold(0u128, |mask, at| mask | 1 << at)
         };
+        let keeps_before = cut.as_ref().map_or(0, |cut| cut.keeps_before);
+        let mut reads = vec![];
+        let writers = writers(calls);
+        for (at, call) in calls.iter().enumerate() {
+            readings(initial, &writers, at, call, &mut reads);
+        }
+        reads.retain(|reading| reading.writer != Some(reading.reader));
+        let mut found = vec![];
+        if let Some(cut) = cut {
+            readings(initial, &writers, (), &cut.found, &mut found);
+        }
         Self {
             calls,
+            initial: *initial,
+            cut: cut.as_ref(),
+            kept: those(&|call| call.answered() && (call.durable || call.responded < keeps_before)),
             before,
-            answered: those(Call::answered),
-            idle: those(Call::changes_nothing),
-            reads: reads(calls),
+            answered: those(&Call::answered),
+            idle: those(&Call::changes_nothing),
+            reads,
+            found,
             seen: AHashSet::new(),
             hashers: [1, 2].map(|seed| RandomState::with_seeds(seed, 0, 0, 0)),
             pairs_max: PAIRS_MAX,
@@ -79,30 +141,38 @@ impl<'a> Search<'a> {
         }
     }
 
-    fn is_new(&mut self, done: u128, state: &State) -> bool {
-        let [high, low] = [&self.hashers[0], &self.hashers[1]].map(|hasher| hasher.hash_one((done, state)));
+    fn is_new(&mut self, done: u128, state: &State, is_cut: bool) -> bool {
+        let [high, low] = [&self.hashers[0], &self.hashers[1]].map(|hasher| hasher.hash_one((done, state, is_cut)));
         self.seen.insert(u128::from(high) << 64 | u128::from(low))
     }
 
     /// Somebody has still to read what was there and is no more.
-    fn is_too_late(&self, done: u128, state: &State) -> bool {
-        self.reads.iter().any(|(reader, key, text, writer)| {
-            done & 1 << reader == 0
-                && done & 1 << writer != 0
-                && state[*key].is_none_or(|item| item.value != Value::Text(*text))
-        })
+    fn is_too_late(&self, done: u128, state: &State, is_cut: bool) -> bool {
+        let mut open = self.reads.iter().filter(|reading| done & 1 << reading.reader == 0);
+        open.any(|reading| reading.is_gone(done, state))
+            || !is_cut && self.found.iter().any(|reading| reading.is_gone(done, state))
     }
 
     /// `None`: gave up.
     fn serializable(&mut self) -> Option<bool> {
-        let found = self.from(0, State::default());
+        let found = self.from(0, self.initial, self.cut.is_none());
         if !found && self.seen.len() >= self.pairs_max {
             return None;
         }
         Some(found)
     }
 
-    fn from(&mut self, mut done: u128, state: State) -> bool {
+    /// The history may be cut here.
+    fn may_be_cut(&self, done: u128, state: &State, next: &mut Vec<State>) -> bool {
+        self.cut.is_some_and(|cut| {
+            self.kept & !done == 0 && {
+                apply(state, &cut.found, next);
+                !next.is_empty()
+            }
+        })
+    }
+
+    fn from(&mut self, mut done: u128, state: State, is_cut: bool) -> bool {
         let mut next = vec![];
         loop {
             let before = done;
@@ -118,10 +188,15 @@ impl<'a> Search<'a> {
                 break;
             }
         }
-        if done & self.answered == self.answered {
+        // Where it may be cut it should be: what comes after the cut is asked for less.
+        let is_cut = is_cut || self.may_be_cut(done, &state, &mut next);
+        if is_cut && done & self.answered == self.answered {
             return true;
         }
-        if self.is_too_late(done, &state) || self.seen.len() >= self.pairs_max || !self.is_new(done, &state) {
+        if self.is_too_late(done, &state, is_cut)
+            || self.seen.len() >= self.pairs_max
+            || !self.is_new(done, &state, is_cut)
+        {
             return false;
         }
         let reached = (done & self.answered).count_ones();
@@ -134,7 +209,7 @@ impl<'a> Search<'a> {
         for at in candidates {
             apply(&state, &self.calls[at], &mut next);
             for state in std::mem::take(&mut next) {
-                if self.from(done | 1 << at, state) {
+                if self.from(done | 1 << at, state, is_cut) {
                     return true;
                 }
             }
@@ -147,7 +222,8 @@ impl<'a> Search<'a> {
     }
 }
 
-fn reads(calls: &[Call]) -> Vec<(usize, Key, u32, usize)> {
+/// Who wrote which text.
+fn writers(calls: &[Call]) -> HashMap<(Key, u32), usize> {
     let mut writers = HashMap::new();
     for (at, call) in calls.iter().enumerate() {
         for (key, value) in call.op.writes() {
@@ -156,24 +232,44 @@ fn reads(calls: &[Call]) -> Vec<(usize, Key, u32, usize)> {
             }
         }
     }
-    let mut reads = vec![];
-    for (at, call) in calls.iter().enumerate() {
-        for (key, value) in call.read() {
-            if let Value::Text(text) = value
-                && let Some(writer) = writers.get(&(key, text)).filter(|writer| **writer != at)
-            {
-                reads.push((at, key, text, *writer));
-            }
+    writers
+}
+
+/// The texts that a call read, of which it is known where they come from.
+fn readings<R: Copy>(
+    initial: &State,
+    writers: &HashMap<(Key, u32), usize>,
+    reader: R,
+    call: &Call,
+    readings: &mut Vec<Reading<R>>,
+) {
+    for (key, value) in call.read() {
+        let Value::Text(text) = value else { continue };
+        let writer = writers.get(&(key, text)).copied();
+        if writer.is_some() || initial[key].is_some_and(|item| item.value == value) {
+            readings.push(Reading {
+                reader,
+                key,
+                text,
+                writer,
+            });
         }
     }
-    reads
 }
 
 /// Looks for an order of `calls`, which stand in the order in which each client asked.
 pub fn check(calls: &[Call]) -> Checked {
-    match Search::new(calls).serializable() {
+    check_all(Question {
+        calls: calls.to_vec(),
+        ..Question::default()
+    })
+}
+
+/// Looks for an order that answers the question.
+pub fn check_all(question: Question) -> Checked {
+    match Search::new(&question).serializable() {
         Some(true) => Checked::Serializable,
-        Some(false) => Checked::Not(explain(&shrink(calls))),
+        Some(false) => Checked::Not(explain(&shrink(question))),
         None => Checked::GaveUp,
     }
 }
@@ -191,8 +287,8 @@ fn tells_version(call: &Call) -> bool {
     })
 }
 
-fn fails(calls: &[Call]) -> bool {
-    let mut search = Search::new(calls);
+fn fails(question: &Question) -> bool {
+    let mut search = Search::new(question);
     search.pairs_max = PAIRS_TO_SHRINK_MAX;
     search.serializable() == Some(false)
 }
@@ -210,41 +306,69 @@ fn until(calls: &[Call], step: u64) -> Vec<Call> {
     prefix
 }
 
-/// Fewer calls that still have no order. Each change asks less of the order, so it cannot make a good history a bad one.
-fn shrink(calls: &[Call]) -> Vec<Call> {
-    let calls: Vec<Call> = calls
-        .iter()
-        .filter(|call| call.said != Said::Refused)
-        .cloned()
-        .collect();
+/// The part of a history that has no order, if the end of it is not needed.
+fn beginning(question: &Question) -> Option<Question> {
+    let of = |calls| Question {
+        initial: question.initial,
+        calls,
+        cut: None,
+    };
+    let calls = &question.calls;
     let mut ends: Vec<u64> = calls
         .iter()
         .filter(|call| call.answered())
         .map(|call| call.responded)
         .collect();
     ends.sort_unstable();
-    let first = ends.into_iter().find(|end| fails(&until(&calls, *end)));
-    let mut left = first.map_or_else(|| calls.clone(), |end| until(&calls, end));
-    // A read that is not needed goes. An answer that is not needed goes.
-    for at in (0..left.len()).rev() {
-        if tells_version(&left[at]) {
-            continue;
-        }
-        let mut fewer = left.clone();
-        if left[at].op.only_reads() {
-            fewer.remove(at);
-        } else {
-            forget_answer(&mut fewer[at]);
+    let mut prefixes = ends.into_iter().map(|end| of(until(calls, end)));
+    prefixes.find(fails)
+}
+
+/// What was found of fewer keys, if it still cannot be.
+fn shrink_found(question: &mut Question) {
+    let acts = question.cut.as_ref().map_or(0, |cut| cut.found.op.success.len());
+    for at in (0..acts).rev() {
+        let mut fewer = question.clone();
+        if let Some(Cut { found, .. }) = &mut fewer.cut
+            && let Said::Done { outcomes, .. } = &mut found.said
+        {
+            found.op.success.remove(at);
+            outcomes.remove(at);
         }
         if fails(&fewer) {
-            left = fewer;
+            *question = fewer;
+        }
+    }
+}
+
+/// Fewer calls that still have no order. Each change asks less of the order, so it cannot make a good history a bad one.
+fn shrink(mut question: Question) -> Question {
+    question.calls.retain(|call| call.said != Said::Refused);
+    let mut question = beginning(&question).unwrap_or(question);
+    shrink_found(&mut question);
+    // A read that is not needed goes. An answer that is not needed goes.
+    for at in (0..question.calls.len()).rev() {
+        let call = &question.calls[at];
+        if tells_version(call) {
+            continue;
+        }
+        let mut fewer = question.clone();
+        if call.op.only_reads() {
+            fewer.calls.remove(at);
+        } else {
+            forget_answer(&mut fewer.calls[at]);
+        }
+        if fails(&fewer) {
+            question = fewer;
         }
     }
     // What has no answer matters only through the keys of what has one.
+    let left = &mut question.calls;
+    let found = question.cut.as_ref().map_or(0, |cut| cut.found.op.keys());
     let mut keys = left
         .iter()
         .filter(|call| call.answered())
-        .fold(0, |keys, call| keys | call.op.keys());
+        .fold(found, |keys, call| keys | call.op.keys());
     loop {
         let more = left
             .iter()
@@ -256,7 +380,7 @@ fn shrink(calls: &[Call]) -> Vec<Call> {
         keys = more;
     }
     left.retain(|call| call.op.keys() & keys != 0);
-    left
+    question
 }
 
 /// What was written where this was read.
@@ -264,17 +388,19 @@ fn origin((key, value): (Key, Value)) -> (Key, Value) {
     (key, value.written())
 }
 
-fn explain(calls: &[Call]) -> String {
-    let mut search = Search::new(calls);
+fn explain(question: &Question) -> String {
+    let mut search = Search::new(question);
     search.serializable();
     let (_, done, state) = search.best;
+    let Question { initial, calls, cut } = question;
     let mut text =
         "no order of these calls explains their answers (client, first to last step, what it asked, what it \
                     was told; + can be put in order, - cannot):\n"
             .to_owned();
     // Of those whose answers do not matter: what was read of them.
     let answered = || calls.iter().filter(|call| call.answered());
-    let read: Vec<(Key, Value)> = answered().flat_map(Call::read).map(origin).collect();
+    let found = cut.iter().map(|cut| &cut.found);
+    let read: Vec<(Key, Value)> = answered().chain(found).flat_map(Call::read).map(origin).collect();
     let was_read = |call: &Call| call.op.writes().any(|written| read.contains(&written));
     let is_shown = |at: &usize| calls[*at].answered() || was_read(&calls[*at]);
     let mut shown: Vec<usize> = (0..calls.len()).filter(is_shown).collect();
@@ -292,14 +418,35 @@ fn explain(calls: &[Call]) -> String {
         "  and {} that may be done at any time, which does not help",
         calls.len() - shown.len()
     );
-    let _ = write!(text, "  the store after those with +:");
-    for (key, item) in state.iter().enumerate() {
-        if let Some(item) = item {
-            let _ = write!(text, " k{key} = {}", item.value);
-        }
+    if let Some(cut) = cut {
+        let keeps = match cut.keeps_before {
+            0 => String::new(),
+            step => format!(", not before what was answered up to step {step}"),
+        };
+        let _ = writeln!(
+            text,
+            "  and at some moment{keeps}, it was as it was found after a crash:\n    {}",
+            cut.found
+        );
     }
-    text.push('\n');
+    if initial.iter().any(Option::is_some) {
+        let _ = writeln!(text, "  the store in the beginning:{}", Items(initial));
+    }
+    let _ = writeln!(text, "  the store after those with +:{}", Items(&state));
     text
+}
+
+struct Items<'a>(&'a State);
+
+impl Display for Items<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (key, item) in self.0.iter().enumerate() {
+            if let Some(item) = item {
+                write!(f, " k{key} = {}", item.value)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -320,6 +467,7 @@ mod tests {
             invoked_ms: invoked,
             responded_ms: responded,
             may_be_refused: false,
+            durable: false,
         }
     }
 

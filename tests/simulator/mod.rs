@@ -3,7 +3,10 @@
 pub mod checker;
 pub mod client;
 pub mod cluster;
+pub mod disk;
 pub mod json_line;
+pub mod keepers;
+pub mod lives;
 pub mod model;
 pub mod mutation;
 pub mod random;

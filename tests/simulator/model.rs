@@ -132,6 +132,8 @@ pub struct Call {
     pub responded_ms: u64,
     /// If it was not answered, it may have been refused: for lack of room, or for a reason that only its answer tells.
     pub may_be_refused: bool,
+    /// It was to be safe before it was answered.
+    pub durable: bool,
 }
 
 impl Call {
@@ -160,6 +162,42 @@ impl Call {
                 Outcome::Found { value, version, .. } => version.is_none() || matches!(value, Value::Text(_)),
                 _ => false,
             })
+    }
+
+    /// The versions that it was told, of which keys with which values.
+    pub fn versions(&self) -> impl Iterator<Item = (Key, u64, Value)> {
+        self.told().filter_map(|(act, outcome)| match (act, outcome) {
+            (Act::Put(key, value, _), Outcome::Stored { version }) => Some((*key, (*version)?, *value)),
+            (Act::Get(key), Outcome::Found { value, version, .. }) => Some((*key, (*version)?, *value)),
+            _ => None,
+        })
+    }
+
+    /// What was there when it read, of the keys that it read.
+    pub fn found(&self) -> State {
+        let mut state = State::default();
+        for (act, outcome) in self.told() {
+            if let (Act::Get(key), Outcome::Found { value, version, ends }) = (act, outcome) {
+                state[*key] = Some(Item {
+                    value: *value,
+                    ends: ends.filter(|ends| *ends > 0).map(|ends| (ends, ends)),
+                    version: version.unwrap_or(0),
+                });
+            }
+        }
+        state
+    }
+
+    /// The same, but what versions it was told.
+    pub fn without_versions(mut self) -> Self {
+        if let Said::Done { outcomes, .. } = &mut self.said {
+            for outcome in outcomes {
+                if let Outcome::Found { version, .. } | Outcome::Stored { version } = outcome {
+                    *version = None;
+                }
+            }
+        }
+        self
     }
 
     /// It is the COMMIT of a transaction that has read something.
@@ -516,12 +554,13 @@ impl Display for Call {
         };
         write!(
             f,
-            "client {:<2} {:>5} to {:<5} ({:>4} to {:<4} ms)  {}  ->  {}",
+            "client {:<2} {:>5} to {:<5} ({:>4} to {:<4} ms)  {}{}  ->  {}",
             self.client,
             self.invoked,
             end(self.responded),
             self.invoked_ms,
             end(self.responded_ms),
+            if self.durable { "durably " } else { "" },
             self.op,
             self.said
         )

@@ -125,7 +125,9 @@ fn is_distributed(record: &[u8]) -> bool {
 /// A decision for the transaction of `like`, which is a record of it.
 fn decision(like: &[u8], decision: u8) -> Record {
     let body = body_at(like);
-    let mut record = [&like[..HEADER], &like[body..body + SCOPE_OR_DECISION], &[decision]].concat();
+    // Of an epoch that does not matter, without writers.
+    let decided = [&[decision][..], &[0; 8]].concat();
+    let mut record = [&like[..HEADER], &like[body..body + SCOPE_OR_DECISION], &decided].concat();
     let length = record.len() as u32;
     record[..4].copy_from_slice(&length.to_le_bytes());
     record[KIND] = DECIDE;

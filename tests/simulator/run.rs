@@ -407,6 +407,7 @@ impl Simulation {
                     invoked_ms: u64::MAX,
                     responded_ms: u64::MAX,
                     may_be_refused: self.common.habits.tight,
+                    durable: false,
                 });
             }
         }
@@ -623,6 +624,7 @@ impl Simulation {
                 responded: if must { end.0 + 1 } else { u64::MAX },
                 responded_ms: if must { end.1 } else { u64::MAX },
                 may_be_refused: false,
+                durable: false,
             });
         }
         calls
