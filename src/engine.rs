@@ -702,7 +702,7 @@ impl Engine {
             self.unsettled = true;
             return;
         }
-        if self.gates || shape.is_durable() {
+        if (self.gates || shape.is_durable()) && self.may_wait(shape, request.place.hash, command) {
             return self.run_logged(session, id, request);
         }
         let (protocol, hash, arrived_ns) = (session.protocol, request.place.hash, session.arrived_ns);

@@ -18,8 +18,16 @@ const PIECE_BYTES: usize = 128 << 10;
 /// What is handed over at once, and how many times that may be under way.
 const HANDED_BYTES: usize = 256 << 10;
 const UNDER_WAY_MAX: usize = 2;
-/// Bytes of items that were saved from being overwritten and that the disk has not taken: at it, requests are not begun.
-pub(super) const BACKLOG_BYTES_MAX: usize = 16 << 20;
+/// Bytes of items that were saved from being overwritten and that the disk has not taken: at it, requests are not begun. Where that
+/// is more, a part of the memory limit, divided among the cores.
+const BACKLOG_BYTES_MAX: usize = 16 << 20;
+const BACKLOG_SHARE: u64 = 256;
+
+/// That limit.
+pub(super) fn backlog_bytes_max(memory_bytes: u64, cores: u16) -> usize {
+    let share = usize::try_from(memory_bytes / BACKLOG_SHARE / u64::from(cores));
+    share.unwrap_or(BACKLOG_BYTES_MAX).min(BACKLOG_BYTES_MAX)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {

@@ -9,7 +9,7 @@
 //! transactions. A core that is in a later epoch says so to the others; when all have, no part of a transaction that was decided in
 //! the earlier one is on its way any more: that epoch is *closed*. `docs/transactions.md` says why that suffices.
 
-use super::images::{BACKLOG_BYTES_MAX, Core, Images};
+use super::images::{Core, Images, backlog_bytes_max};
 use super::{Engine, Planned, Target};
 use crate::encoding::{Reader, Rope};
 use crate::link::{PartRecord, Progress, ReplyStart, Request, Return, ReturnBytes, read_progress};
@@ -234,6 +234,16 @@ impl Engine {
     }
 
     // ---- commands ----
+
+    /// The reply may have to wait for the disk: the request asks for that, may write, or reads what is not safe.
+    #[cold]
+    pub(super) fn may_wait(&self, shape: &Shape<'_>, hash: u64, command: &Command<'_>) -> bool {
+        let concerned = |journal: &Journal| {
+            let groups = [&journal.filling, &journal.under_way, &journal.lost];
+            groups.into_iter().any(|group| group.concerns(hash))
+        };
+        shape.is_durable() || !command.only_reads() || self.journal.as_deref().is_some_and(concerned)
+    }
 
     /// Executes a request of one of this core's connections whose reply may have to wait.
     #[cold]
@@ -465,9 +475,9 @@ impl Engine {
         })
     }
 
-    /// The last job, when no request is under way any more and nothing will come: the log ends in order. `None` while another job is
-    /// under way.
-    pub fn end_log(&mut self) -> Option<Job> {
+    /// The last job. `ends`: no request is under way on any core any more, and nothing will come: the log ends in order. `None` while
+    /// another job of the log is under way.
+    pub fn end_log(&mut self, ends: bool) -> Option<Job> {
         let (journal, log) = (self.journal.as_mut()?, self.shards.log.as_mut()?);
         if journal.failed.is_some() || journal.writing.is_some() {
             return None;
@@ -476,7 +486,7 @@ impl Engine {
         Some(Job::Log {
             chunks: log.take(self.now),
             sync: true,
-            ends: true,
+            ends,
         })
     }
 
@@ -581,7 +591,8 @@ impl Engine {
         let (Some(journal), Some(log)) = (&mut self.journal, &self.shards.log) else {
             return;
         };
-        let waits = log.bytes() >= WAITING_BYTES_MAX || self.shards.image_backlog_bytes() >= BACKLOG_BYTES_MAX;
+        let backlog_bytes_max = backlog_bytes_max(self.pool.limit(), self.table.cores());
+        let waits = log.bytes() >= WAITING_BYTES_MAX || self.shards.image_backlog_bytes() >= backlog_bytes_max;
         let is_full = waits && journal.failed.is_none();
         if is_full == journal.is_full {
             return;

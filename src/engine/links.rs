@@ -77,7 +77,7 @@ impl Engine {
     /// Executes a command of another core and encodes the reply for it.
     #[inline(always)]
     pub(super) fn answer_command(&mut self, link: usize, request: &Request<'_>, command: &Command<'_>) {
-        if self.gates || request.shape.is_durable() {
+        if (self.gates || request.shape.is_durable()) && self.may_wait(&request.shape, request.hash, command) {
             return self.answer_logged(link, request, command);
         }
         let start = self.links[link].begin_reply(request.to);

@@ -159,14 +159,14 @@ fn give_jobs(engine: &mut Engine, files: &mut Option<Filer>, shared: &Shared) {
     }
 }
 
-/// Ends the log in order, when nothing is under way on any core any more.
-fn end_files(engine: &mut Engine, mut files: Option<Filer>) {
+/// Writes the end of the log. `in_order`: nothing is under way on any core any more.
+fn end_files(engine: &mut Engine, mut files: Option<Filer>, in_order: bool) {
     while files.as_ref().is_some_and(|filer| filer.pending() > 0) {
         take_done(engine, &mut files);
         std::thread::yield_now();
     }
     if let Some(filer) = &mut files
-        && let Some(job) = engine.end_log()
+        && let Some(job) = engine.end_log(in_order)
     {
         // Dropping it waits for the job.
         let _ = filer.submit(job);
@@ -275,7 +275,9 @@ pub(super) async fn run(
             if let Some(stopping) = &mut stopping
                 && stopping.is_done(&mut engine, &mut net, &mut gateway, &shared)
             {
-                end_files(&mut engine, files);
+                let all_quiet = usize::from(shared.quiet_cores.load(Ordering::SeqCst)) == shared.peers.len();
+                let in_order = all_quiet && engine.is_quiet();
+                end_files(&mut engine, files, in_order);
                 break;
             }
             shared.memory.look(now_ns);
