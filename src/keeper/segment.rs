@@ -30,7 +30,7 @@ pub(super) struct Log {
     /// Something in the buffer was not written.
     dirty: bool,
     /// Something was written and is not safe.
-    unsafe_bytes: bool,
+    unsynced: bool,
     /// Of the next frame.
     sequence: u64,
     position: u64,
@@ -106,7 +106,7 @@ impl Log {
             filled: 0,
             base: FRAMES_AT,
             dirty: false,
-            unsafe_bytes: false,
+            unsynced: false,
             sequence: head.sequence,
             position: head.position,
             synced: head.sequence,
@@ -220,16 +220,16 @@ impl Log {
         self.base += (whole * BLOCK_BYTES) as u64;
         self.filled -= whole * BLOCK_BYTES;
         self.dirty = false;
-        self.unsafe_bytes = true;
+        self.unsynced = true;
         Ok(())
     }
 
     /// Makes what was written safe.
     fn sync(&mut self, place: &Place) -> Result<(), String> {
-        if self.unsafe_bytes {
+        if self.unsynced {
             let synced = self.file.sync();
             synced.map_err(|error| place.failed("make safe", &name(place, self.head.number).path(), &error))?;
-            self.unsafe_bytes = false;
+            self.unsynced = false;
         }
         self.synced = self.sequence;
         Ok(())
