@@ -140,16 +140,16 @@ pub enum Decoded<'a> {
 }
 
 impl Decoded<'_> {
-    /// The same, answered when what the answer tells is safe.
+    /// Has it answered when what the answer tells is safe.
     #[cold]
-    pub(crate) fn durable(mut self) -> Self {
+    #[inline(never)]
+    pub(crate) fn make_durable(&mut self) {
         if let Decoded::Command(_, shape)
         | Decoded::Transaction(_, shape)
-        | Decoded::Broadcast(Broadcast::Flush(None), shape) = &mut self
+        | Decoded::Broadcast(Broadcast::Flush(None), shape) = self
         {
             shape.code |= Shape::DURABLE;
         }
-        self
     }
 }
 
@@ -296,6 +296,18 @@ pub struct ServerFacts<'a> {
     pub table: &'a RangeTable,
     /// By core: the port at which it alone serves. Empty when there are none.
     pub core_ports: &'a [u16],
+}
+
+/// Encodes [`Reply::NotDurable`]: without [`encode`], which is compiled into the one place where commands are executed.
+#[cold]
+pub(crate) fn encode_not_durable(protocol: Protocol, shape: &Shape<'_>, out: &mut Rope) {
+    match protocol {
+        Protocol::Memcached => memcached::encode_not_durable(shape, out),
+        Protocol::Text => text::encode(shape, &[], &Reply::NotDurable, out),
+        Protocol::Protobuf => protobuf::encode_not_durable(shape, out),
+        Protocol::JsonLine => json_line::encode(shape, &Reply::NotDurable, out),
+        Protocol::Http | Protocol::Grpc => call::encode(&Reply::NotDurable, out),
+    }
 }
 
 /// Encodes the reply to a command.

@@ -129,7 +129,7 @@ impl Shards {
     }
 
     /// Executes a client's command on one of them, unless it is a write and those are refused.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn execute(
         &mut self,
         shard: u16,
@@ -145,7 +145,7 @@ impl Shards {
     }
 
     /// Executes a command that nobody may refuse: what is stored already is brought back by it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn execute_always(
         &mut self,
         shard: u16,

@@ -13,7 +13,7 @@ use super::images::{Core, Images, backlog_bytes_max};
 use super::{Engine, Planned, Target};
 use crate::encoding::{Reader, Rope};
 use crate::link::{PartRecord, Progress, ReplyStart, Request, Return, ReturnBytes, read_progress};
-use crate::model::{Command, Reply};
+use crate::model::Command;
 use crate::protocol::{self, Protocol, Shape};
 use crate::session::Session;
 use crate::txn::{Scope, Vote, push_vote};
@@ -37,9 +37,8 @@ struct HeldReply {
     link: u16,
     protocol: Protocol,
     shape_code: u32,
-    key_len: u16,
     text_len: u16,
-    /// Of the record, behind key and text: flat bytes, and large values.
+    /// Of the record, behind the text: flat bytes, and large values.
     flat_len: usize,
     splices: usize,
     /// It is the answer of a part of a transaction.
@@ -50,7 +49,7 @@ struct HeldReply {
 #[derive(Debug, Default)]
 struct Held {
     replies: Vec<HeldReply>,
-    /// For each: the key, the shape's text, the record.
+    /// For each: the shape's text, the record.
     rope: Rope,
 }
 
@@ -119,20 +118,17 @@ pub(super) struct Journal {
 struct Told<'a> {
     protocol: Protocol,
     shape: Shape<'a>,
-    key: &'a [u8],
     is_part: bool,
 }
 
 impl Held {
     fn add(&mut self, link: usize, told: &Told<'_>, take: impl FnOnce(&mut Rope) -> (usize, usize)) {
-        self.rope.push(told.key);
         self.rope.push(told.shape.text);
         let (flat_len, splices) = take(&mut self.rope);
         self.replies.push(HeldReply {
             link: link as u16,
             protocol: told.protocol,
             shape_code: told.shape.code,
-            key_len: told.key.len() as u16,
             text_len: told.shape.text.len() as u16,
             flat_len,
             splices,
@@ -260,7 +256,6 @@ impl Engine {
         let told = Told {
             protocol: session.protocol,
             shape: request.shape,
-            key: request.command.key,
             is_part: false,
         };
         let own = usize::from(self.core.0);
@@ -275,7 +270,6 @@ impl Engine {
         let told = Told {
             protocol: request.protocol,
             shape: request.shape,
-            key: command.key,
             is_part: false,
         };
         self.execute_logged(link, request.to, &told, request.shard, request.hash, command);
@@ -297,14 +291,7 @@ impl Engine {
         };
         if is_lost {
             let out = self.links[link].replies();
-            protocol::encode(
-                told.protocol,
-                &told.shape,
-                command.key,
-                &Reply::NotDurable,
-                self.now,
-                out,
-            );
+            protocol::encode_not_durable(told.protocol, &told.shape, out);
             return self.links[link].finish_reply(start);
         }
         let position = self.log_position();
@@ -369,7 +356,6 @@ impl Engine {
         let told = Told {
             protocol: Protocol::Text,
             shape: Shape::code(shape_code),
-            key: &[],
             is_part: true,
         };
         self.hold_reply(link, start, &told, None, wrote);
@@ -400,8 +386,7 @@ impl Engine {
         self.unsettled |= !held.replies.is_empty();
         for reply in std::mem::take(&mut held.replies) {
             let link = usize::from(reply.link);
-            let key_end = at + usize::from(reply.key_len);
-            let record_at = key_end + usize::from(reply.text_len);
+            let record_at = at + usize::from(reply.text_len);
             let end = record_at + reply.flat_len;
             if is_safe {
                 let replies = self.links[link].replies();
@@ -410,15 +395,14 @@ impl Engine {
                 (0..reply.splices).for_each(|_| drop(held.rope.take_splice()));
                 let shape = Shape {
                     code: reply.shape_code,
-                    text: &held.rope.flat[key_end..record_at],
+                    text: &held.rope.flat[at..record_at],
                 };
-                let key = &held.rope.flat[at..key_end];
                 let start = self.links[link].begin_reply(ReturnBytes::of(&held.rope.flat[record_at..end]));
                 let out = self.links[link].replies();
                 if reply.is_part {
                     push_vote(&mut out.flat, Vote::NotDurable, 0, &[]);
                 } else {
-                    protocol::encode(reply.protocol, &shape, key, &Reply::NotDurable, self.now, out);
+                    protocol::encode_not_durable(reply.protocol, &shape, out);
                 }
                 self.links[link].finish_reply(start);
             }

@@ -644,6 +644,19 @@ fn stats(what: &[u8], argument: &[u8], second: &[u8]) -> Decoded<'static> {
     }
 }
 
+/// Encodes that a command was not done durably, or that what it reads may be lost.
+pub(super) fn encode_not_durable(shape: &Shape<'_>, out: &mut Rope) {
+    let is_told = match shape.code & 0xff {
+        // One line ends the answer to several keys.
+        kind::VALUE => shape.code & LAST != 0,
+        kind::META_GET | kind::META_SET | kind::META_DELETE | kind::META_COUNT | kind::META_DEBUG => true,
+        _ => shape.code & QUIET == 0,
+    };
+    if is_told {
+        out.push(NOT_DURABLE);
+    }
+}
+
 /// Encodes the reply to a command.
 #[inline]
 pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: UnixMillis, out: &mut Rope) {
@@ -656,7 +669,7 @@ pub(super) fn encode(shape: &Shape<'_>, key: &[u8], reply: &Reply<'_>, now: Unix
         }
         _ if shape.code & QUIET != 0 => {}
         // The old value is still there, so the client must not be told that it is not.
-        kind::TOO_LARGE if !matches!(reply, Reply::ReadOnly | Reply::NotDurable) => out.push(TOO_LARGE),
+        kind::TOO_LARGE if !matches!(reply, Reply::ReadOnly) => out.push(TOO_LARGE),
         kind => encode_line(kind, reply, out),
     }
 }
@@ -684,11 +697,7 @@ fn encode_value(code: u32, key: &[u8], reply: &Reply<'_>, out: &mut Rope) {
     }
     if code & LAST != 0 {
         // One line ends the answer, also where each of several keys was refused its new deadline.
-        out.push(match reply {
-            Reply::ReadOnly => READ_ONLY,
-            Reply::NotDurable => NOT_DURABLE,
-            _ => END,
-        });
+        out.push(if let Reply::ReadOnly = reply { READ_ONLY } else { END });
     }
 }
 

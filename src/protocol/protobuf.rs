@@ -194,9 +194,13 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
     match input[prefix..].get(..length) {
         None => at(Decoded::Incomplete, 0),
         Some(message) => {
-            let mut id: &[u8] = &[];
-            let decoded = decode(message, &mut id, None, env);
-            at(or_refused(decoded, id, env), prefix + length)
+            let (mut id, mut durable): (&[u8], _) = (&[], false);
+            let decoded = decode(message, &mut id, &mut durable, None, env);
+            let mut step = at(or_refused(decoded, id, env), prefix + length);
+            if durable {
+                step.decoded.make_durable();
+            }
+            step
         }
     }
 }
@@ -236,9 +240,13 @@ fn long<'a>(length: usize, prefix: usize, input: &'a [u8], env: &Env<'a>) -> Ste
 
 /// See [`Decoder::with_value`]: what was collected is the message behind its id.
 pub(super) fn with_value<'a>(header: &'a [u8], message: &'a Bytes, env: &Env<'a>) -> Step<'a> {
-    let mut id = id_of(header);
-    let decoded = decode(message, &mut id, Some(message), env);
-    at(or_refused(decoded, id, env), 0)
+    let (mut id, mut durable) = (id_of(header), false);
+    let decoded = decode(message, &mut id, &mut durable, Some(message), env);
+    let mut step = at(or_refused(decoded, id, env), 0);
+    if durable {
+        step.decoded.make_durable();
+    }
+    step
 }
 
 /// See [`Decoder::without_value`]: what was announced is a message, which may be about anything.
@@ -296,16 +304,17 @@ fn id_number(id: &[u8]) -> u64 {
     decode_varint(&mut id.get(1..).unwrap_or_default()).unwrap_or_default()
 }
 
-/// Decodes a message; `id` becomes its id field. `collected` is what the message lies in when that is memory of its own.
+/// Decodes a message; `id` becomes its id field, and `durable` whether it asks for that. `collected` is what the message lies in when that is memory of its own.
 #[inline]
 fn decode<'a>(
     message: &'a [u8],
     id: &mut &'a [u8],
+    durable: &mut bool,
     collected: Option<&'a Bytes>,
     env: &Env<'a>,
 ) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(message);
-    let (mut command, mut durable) = (None, false);
+    let mut command = None;
     loop {
         let before = fields.0;
         let Some((number, field)) = fields.next()? else { break };
@@ -313,7 +322,7 @@ fn decode<'a>(
             (1, Field::Number(number)) => *id = id_field(&before[..before.len() - fields.0.len()], number, env),
             (2..=9, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
             (2..=9, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
-            (10, Field::Number(number)) => durable = number != 0,
+            (10, Field::Number(number)) => *durable = number != 0,
             (1..=10, _) => return Err(malformed("a field of the message is of a wrong type")),
             _ => {}
         }
@@ -324,19 +333,7 @@ fn decode<'a>(
             reason: "the message has no command that this server knows".to_owned(),
         }));
     };
-    let decoded = decode_command(number, body, id, collected, env)?;
-    Ok(if durable { decoded.durable() } else { decoded })
-}
-
-/// Decodes the command in field `number` of a message.
-#[inline(always)]
-fn decode_command<'a>(
-    number: u32,
-    body: &'a [u8],
-    text: &'a [u8],
-    collected: Option<&'a Bytes>,
-    env: &Env<'a>,
-) -> Result<Decoded<'a>, Box<Refusal>> {
+    let text = *id;
     let other = Shape {
         code: kind::OTHER,
         text,
@@ -779,6 +776,14 @@ pub(super) fn encode(shape: &Shape<'_>, reply: &Reply<'_>, out: &mut Rope) {
     result.encode(out);
 }
 
+/// Encodes that a command was not done durably, or that what it reads may be lost.
+pub(super) fn encode_not_durable(shape: &Shape<'_>, out: &mut Rope) {
+    if shape.code & IN_GROUP == 0 {
+        begin_response(shape, CODE_RESULT_BYTES, out);
+    }
+    push_code(Code::NotDurable, out);
+}
+
 /// Encodes what stands before the fields of a response that are `bytes` long.
 #[inline]
 fn begin_response(shape: &Shape<'_>, bytes: usize, out: &mut Rope) {
@@ -824,6 +829,9 @@ pub(super) fn encode_txn(shape: &Shape<'_>, results: TxnResults, out: &mut Rope)
     out.append(&mut replies);
     out.push(succeeded);
 }
+
+/// Bytes of a result that is nothing but a code.
+const CODE_RESULT_BYTES: usize = 4;
 
 /// A result that is nothing but a code.
 fn push_code(code: Code, out: &mut Rope) {
