@@ -139,20 +139,6 @@ pub enum Decoded<'a> {
     Shutdown,
 }
 
-impl Decoded<'_> {
-    /// Has it answered when what the answer tells is safe.
-    #[cold]
-    #[inline(never)]
-    pub(crate) fn make_durable(&mut self) {
-        if let Decoded::Command(_, shape)
-        | Decoded::Transaction(_, shape)
-        | Decoded::Broadcast(Broadcast::Flush(None), shape) = self
-        {
-            shape.code |= Shape::DURABLE;
-        }
-    }
-}
-
 /// What a connection does with a transaction that it builds up command by command.
 #[derive(Clone, Copy, Debug)]
 pub enum Buffered<'a> {

@@ -194,13 +194,9 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
     match input[prefix..].get(..length) {
         None => at(Decoded::Incomplete, 0),
         Some(message) => {
-            let (mut id, mut durable): (&[u8], _) = (&[], false);
-            let decoded = decode(message, &mut id, &mut durable, None, env);
-            let mut step = at(or_refused(decoded, id, env), prefix + length);
-            if durable {
-                step.decoded.make_durable();
-            }
-            step
+            let mut id: &[u8] = &[];
+            let decoded = decode(message, &mut id, None, env);
+            at(or_refused(decoded, id, env), prefix + length)
         }
     }
 }
@@ -240,13 +236,9 @@ fn long<'a>(length: usize, prefix: usize, input: &'a [u8], env: &Env<'a>) -> Ste
 
 /// See [`Decoder::with_value`]: what was collected is the message behind its id.
 pub(super) fn with_value<'a>(header: &'a [u8], message: &'a Bytes, env: &Env<'a>) -> Step<'a> {
-    let (mut id, mut durable) = (id_of(header), false);
-    let decoded = decode(message, &mut id, &mut durable, Some(message), env);
-    let mut step = at(or_refused(decoded, id, env), 0);
-    if durable {
-        step.decoded.make_durable();
-    }
-    step
+    let mut id = id_of(header);
+    let decoded = decode(message, &mut id, Some(message), env);
+    at(or_refused(decoded, id, env), 0)
 }
 
 /// See [`Decoder::without_value`]: what was announced is a message, which may be about anything.
@@ -304,17 +296,16 @@ fn id_number(id: &[u8]) -> u64 {
     decode_varint(&mut id.get(1..).unwrap_or_default()).unwrap_or_default()
 }
 
-/// Decodes a message; `id` becomes its id field, and `durable` whether it asks for that. `collected` is what the message lies in when that is memory of its own.
+/// Decodes a message; `id` becomes its id field. `collected` is what the message lies in when that is memory of its own.
 #[inline]
 fn decode<'a>(
     message: &'a [u8],
     id: &mut &'a [u8],
-    durable: &mut bool,
     collected: Option<&'a Bytes>,
     env: &Env<'a>,
 ) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(message);
-    let mut command = None;
+    let (mut command, mut code) = (None, 0);
     loop {
         let before = fields.0;
         let Some((number, field)) = fields.next()? else { break };
@@ -322,7 +313,7 @@ fn decode<'a>(
             (1, Field::Number(number)) => *id = id_field(&before[..before.len() - fields.0.len()], number, env),
             (2..=9, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
             (2..=9, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
-            (10, Field::Number(number)) => *durable = number != 0,
+            (10, Field::Number(number)) => code = Shape::DURABLE * u32::from(number != 0),
             (1..=10, _) => return Err(malformed("a field of the message is of a wrong type")),
             _ => {}
         }
@@ -334,14 +325,15 @@ fn decode<'a>(
         }));
     };
     let text = *id;
+    let asked = Shape { code, text };
     let other = Shape {
-        code: kind::OTHER,
+        code: kind::OTHER | code,
         text,
     };
     match number {
-        2 => get(body, text, env),
-        3 => set(body, text, collected, env),
-        4 => delete(body, text, env),
+        2 => get(body, asked, env),
+        3 => set(body, asked, collected, env),
+        4 => delete(body, asked, env),
         5 => {
             proto::Metrics::decode(body)?;
             let wanted = Wanted {
@@ -359,7 +351,7 @@ fn decode<'a>(
             let at = (delay_ms > 0).then(|| UnixMillis(env.now.0.saturating_add(delay_ms)));
             Ok(Decoded::Broadcast(Broadcast::Flush(at), other))
         }
-        9 => transaction(body, text, env),
+        9 => transaction(body, asked, env),
         _ => {
             proto::Topology::decode(body)?;
             Ok(Decoded::About(other))
@@ -406,7 +398,8 @@ impl<'a> Commands<'a> {
     }
 
     #[inline(always)]
-    fn finish(self, code: u32, text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
+    fn finish(self, code: u32, asked: Shape<'a>, env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
+        let (code, text) = (code | asked.code, asked.text);
         match (self.first, self.all.is_empty()) {
             (None, _) => Err(invalid("no key".to_owned())),
             (Some(command), true) => {
@@ -470,7 +463,7 @@ fn check_key(key: &[u8], number: usize, env: &Env<'_>) -> Result<(), Box<Refusal
 }
 
 #[inline]
-fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
+fn get<'a>(body: &'a [u8], asked: Shape<'a>, env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut with_version = false;
     let mut fields = Fields(body);
     let mut commands = Commands::new(env);
@@ -493,7 +486,7 @@ fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>,
         }
     }
     if !with_version {
-        return commands.finish(kind::GET, text, env);
+        return commands.finish(kind::GET, asked, env);
     }
     for command in commands.first.iter_mut().chain(&mut commands.all) {
         command.op = Op::Get {
@@ -501,13 +494,13 @@ fn get<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>,
             effects: None,
         };
     }
-    commands.finish(kind::GET | WITH_VERSION, text, env)
+    commands.finish(kind::GET | WITH_VERSION, asked, env)
 }
 
 #[inline]
 fn set<'a>(
     body: &'a [u8],
-    text: &'a [u8],
+    asked: Shape<'a>,
     collected: Option<&'a Bytes>,
     env: &Env<'a>,
 ) -> Result<Decoded<'a>, Box<Refusal>> {
@@ -537,7 +530,7 @@ fn set<'a>(
         let part = collected.slice_ref(put.value.bytes());
         put.value = Value::Large(env.large.get_or_init(|| part));
     }
-    commands.finish(code, text, env)
+    commands.finish(code, asked, env)
 }
 
 /// An entry of a Set, and whether its version is wanted.
@@ -599,7 +592,7 @@ fn merge_condition(body: &[u8], before: Condition) -> Result<Condition, Box<Refu
 }
 
 #[inline]
-fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
+fn delete<'a>(body: &'a [u8], asked: Shape<'a>, env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(body);
     let mut commands = Commands::new(env);
     let mut conditions = bumpalo::collections::Vec::new_in(env.arena);
@@ -642,12 +635,12 @@ fn delete<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'
             });
         }
     }
-    commands.finish(kind::DELETE, text, env)
+    commands.finish(kind::DELETE, asked, env)
 }
 
 /// A Txn. Its commands stand in the order of the message: keys are numbered through all of it.
 #[cold]
-fn transaction<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
+fn transaction<'a>(body: &'a [u8], asked: Shape<'a>, env: &Env<'a>) -> Result<Decoded<'a>, Box<Refusal>> {
     let mut fields = Fields(body);
     let mut checks = bumpalo::collections::Vec::new_in(env.arena);
     let mut success = bumpalo::collections::Vec::new_in(env.arena);
@@ -679,7 +672,8 @@ fn transaction<'a>(body: &'a [u8], text: &'a [u8], env: &Env<'a>) -> Result<Deco
         failure: failure.into_bump_slice(),
     };
     // Each result says for itself whether it carries a version.
-    let code = kind::TXN | IN_GROUP | WITH_VERSION;
+    let code = kind::TXN | IN_GROUP | WITH_VERSION | asked.code;
+    let text = asked.text;
     Ok(Decoded::Transaction(txn, Shape { code, text }))
 }
 
