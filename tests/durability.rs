@@ -874,3 +874,36 @@ fn a_log_that_fails() {
     to.set("afterwards", "2").unwrap();
     server.stop();
 }
+
+/// What the page is told of the log, and that it is told nothing of one that is not there.
+#[test]
+fn the_page_is_told_of_the_log() {
+    let told = |web: SocketAddr| {
+        let mut stream = connect(web);
+        write!(stream, "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        let lines = BufReader::new(stream).lines().map(Result::unwrap);
+        let event = lines
+            .into_iter()
+            .find_map(|line| line.strip_prefix("data: ").map(str::to_owned));
+        serde_json::from_str::<serde_json::Value>(&event.unwrap()).unwrap()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let server = start(folder.path(), 2, DurabilityChoice::Always);
+    let web = server.address(Protocol::Http).unwrap();
+    client(&server).set("a", "1").unwrap();
+    let before = told(web);
+    assert!(before["totals"]["log_bytes"].as_u64() > Some(0), "{before}");
+    let log = serde_json::json!({"waiting": 0, "failed": 0, "snapshots_failed": 0, "snapshot_at_ms": 0});
+    assert_eq!(before["log"], log);
+    assert_eq!(http(web, "POST", "/snapshot", "").0, 202);
+    until("a snapshot", || told(web)["log"]["snapshot_at_ms"].as_u64() > Some(0));
+    server.stop();
+
+    let without = Config {
+        data_dir: None,
+        ..config(folder.path(), 1, DurabilityChoice::Always)
+    };
+    let server = Server::start(without).unwrap();
+    assert_eq!(told(server.address(Protocol::Http).unwrap()).get("log"), None);
+    server.stop();
+}
