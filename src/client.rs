@@ -531,6 +531,14 @@ impl Client {
         Topology::read(&report).map_err(|what| self.foreign(&what))
     }
 
+    /// Begins a snapshot of the server's data directory; it is made when this has long returned.
+    ///
+    /// # Errors
+    /// [`Code::NotDurable`] from a server that has none, among the usual ones.
+    pub fn snapshot(&mut self) -> Result<(), Error> {
+        self.ask(Command::Snapshot(proto::Snapshot {})).map(drop)
+    }
+
     /// Goes to the server and back.
     pub fn ping(&mut self) -> Result<(), Error> {
         self.ask(Command::Ping(proto::Ping {})).map(drop)
@@ -623,9 +631,10 @@ impl Client {
 
     /// Sends a request to the owner of its first key, or to any core, and waits for the answer.
     fn ask(&mut self, command: Command) -> Result<Response, Error> {
+        // A snapshot more does no harm, either.
         let only_reads = matches!(
             command,
-            Command::Get(_) | Command::Metrics(_) | Command::Ping(_) | Command::Topology(_)
+            Command::Get(_) | Command::Metrics(_) | Command::Ping(_) | Command::Snapshot(_) | Command::Topology(_)
         );
         self.last_id += 1;
         let id = self.last_id;

@@ -564,6 +564,7 @@ pub fn push_broadcast(out: &mut Vec<u8>, broadcast: Broadcast) {
         Broadcast::Connections => out.push(3),
         Broadcast::PrefixStats(on) => out.push(4 + u8::from(on)),
         Broadcast::PrefixDump => out.push(6),
+        Broadcast::Snapshot => out.push(7),
     }
 }
 
@@ -580,7 +581,8 @@ pub fn read_broadcast(reader: &mut Reader<'_>) -> Broadcast {
         3 => Broadcast::Connections,
         4 => Broadcast::PrefixStats(false),
         5 => Broadcast::PrefixStats(true),
-        _ => Broadcast::PrefixDump,
+        6 => Broadcast::PrefixDump,
+        _ => Broadcast::Snapshot,
     }
 }
 

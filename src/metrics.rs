@@ -125,6 +125,17 @@ counters! {
     log_syncs,
     /// Bytes of effects written to the log.
     log_bytes,
+    /// Bytes of effects that wait to be written to it (gauge).
+    log_waiting_bytes,
+    /// 1 when the log cannot be written any more, so that writes are refused (gauge).
+    log_failed,
+    /// Snapshots of all of the core's shards that were finished.
+    snapshots,
+    /// 1 when the last one was given up, which leaves the older one and the log in force (gauge).
+    snapshot_failed,
+    /// When the last one was finished, in milliseconds since the Unix epoch; 0: none yet (gauge, of one core: the sum of several means
+    /// nothing, so reports of the whole server have the earliest).
+    snapshot_at_ms,
     /// How often a request waited because all credits to its owner were in use.
     credit_waits,
     /// Connections accepted.
@@ -542,7 +553,7 @@ impl Report {
     /// Adds another core's part, of the same kind.
     pub fn merge(&mut self, other: Report) {
         match (self, other) {
-            (ours, Report::ReadOnly) => *ours = Report::ReadOnly,
+            (ours, refusal @ (Report::ReadOnly | Report::NotDurable)) => *ours = refusal,
             (Report::Metrics(ours), Report::Metrics(theirs)) => {
                 ours.extend(theirs);
                 ours.sort_by_key(|(core, _)| *core);

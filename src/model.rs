@@ -397,6 +397,8 @@ pub enum Broadcast {
     PrefixStats(bool),
     /// Collect the statistics by key prefix.
     PrefixDump,
+    /// Begin a snapshot of the data directory.
+    Snapshot,
 }
 
 /// An item as a read shows it.

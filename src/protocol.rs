@@ -402,6 +402,9 @@ pub(crate) const READ_ONLY: &str = "the server is read-only";
 pub(crate) const NOT_DURABLE: &str =
     "not durable: the server has no log, or cannot write to it; what was written may be lost or come back";
 
+/// What a client is told that wants something durable of a server that has nothing to make it so.
+pub(crate) const NO_LOG: &str = "not durable: the server has no --data-dir; nothing was done";
+
 /// What a connection is told before it is closed because there is no memory for its request.
 pub fn out_of_memory(protocol: Protocol) -> Vec<u8> {
     match protocol {

@@ -363,6 +363,7 @@ impl Engine {
                 }
                 let counters = &mut metrics.counters;
                 self.shards.count(counters);
+                self.count_durability(counters);
                 counters.connections = self.sessions.connections();
                 counters.connection_bytes = self.connection_bytes as u64;
                 if self.core.0 == 0 {
@@ -397,6 +398,8 @@ impl Engine {
                 self.prefixes = on.then(Prefixes::default);
                 Report::Done
             }
+            Broadcast::Snapshot if self.snapshot() => Report::Done,
+            Broadcast::Snapshot => Report::NotDurable,
             Broadcast::PrefixDump => Report::Prefixes(self.prefixes.as_ref().map(Prefixes::counts).unwrap_or_default()),
         }
     }

@@ -76,9 +76,9 @@ pub(super) struct Images {
     round_ms: u64,
     /// Begin one more round when this one ends.
     again: bool,
-    /// Rounds that ended, and why the last image failed.
-    pub(super) rounds: u64,
-    pub(super) failure: Option<String>,
+    /// When the last round ended, 0 if none has; and that one has failed since.
+    pub(super) finished_ms: u64,
+    pub(super) has_failed: bool,
 }
 
 impl Images {
@@ -205,32 +205,36 @@ impl Images {
         Job::DropImage
     }
 
-    /// A job has come back.
-    pub(super) fn done(&mut self, mut buffer: Vec<u8>) {
+    /// A job has come back. True when it was the last one of a round.
+    pub(super) fn done(&mut self, mut buffer: Vec<u8>, now_ms: u64) -> bool {
         self.under_way -= 1;
         buffer.clear();
         self.buffer = buffer;
-        let Some(current) = &mut self.current else { return };
+        let Some(current) = &mut self.current else {
+            return false;
+        };
         match current.stage {
             Stage::End if self.under_way == 0 => current.stage = Stage::Safe,
             Stage::Adopt => {
                 self.positions[usize::from(current.shard - self.first)] = current.position;
                 self.current = None;
                 if self.queue.is_empty() {
-                    self.rounds += 1;
-                    self.failure = None;
+                    self.finished_ms = now_ms;
+                    self.has_failed = false;
+                    return true;
                 }
             }
             _ => {}
         }
+        false
     }
 
     /// A job has failed: the round ends here.
-    pub(super) fn failed(&mut self, why: String) {
+    pub(super) fn failed(&mut self) {
         self.under_way -= 1;
         self.current = None;
         self.queue.clear();
-        self.failure = Some(why);
+        self.has_failed = true;
     }
 
     /// There is a piece to do in a millisecond.
@@ -261,9 +265,13 @@ impl Engine {
         self.shards.restore(shard, hash, effect, self.now, counters)
     }
 
-    /// Begins a snapshot of this core's shards, or one more when the one that is under way ends. False without a data directory.
+    /// Begins a snapshot of this core's shards, or one more when the one that is under way ends. False without a data directory, and
+    /// when the log cannot be written any more: no image would ever be known to be safe.
     pub fn snapshot(&mut self) -> bool {
         let (position, now_ms) = (self.log_position(), self.now.0);
+        if self.log_failure().is_some() {
+            return false;
+        }
         let Some(images) = &mut self.images else { return false };
         images.begin_round(position, now_ms);
         true

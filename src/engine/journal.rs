@@ -13,12 +13,14 @@ use super::images::{Core, Images, backlog_bytes_max};
 use super::{Engine, Planned, Target};
 use crate::encoding::{Reader, Rope};
 use crate::link::{PartRecord, Progress, ReplyStart, Request, Return, ReturnBytes, read_progress};
+use crate::metrics::Counters;
 use crate::model::Command;
 use crate::protocol::{self, Protocol, Shape};
 use crate::session::Session;
 use crate::txn::{Scope, Vote, push_vote};
 use crate::wal::{Done, Durability, Job, Log};
 use ahash::AHashSet;
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -485,14 +487,14 @@ impl Engine {
             Done::Logged { buffers, synced } => self.logged(buffers, synced),
             Done::Image { buffer, .. } => {
                 if let Some(images) = &mut self.images {
-                    images.done(buffer);
+                    self.metrics.counters.snapshots += u64::from(images.done(buffer, self.now.0));
                 }
                 self.see_whether_full();
             }
             Done::Failed { log: true, why } => self.fail_log(why),
-            Done::Failed { log: false, why } => {
+            Done::Failed { log: false, .. } => {
                 if let Some(images) = &mut self.images {
-                    images.failed(why);
+                    images.failed();
                 }
                 self.shards.drop_images(self.now);
             }
@@ -560,9 +562,24 @@ impl Engine {
         self.see_whether_full();
     }
 
-    /// Why the log cannot be written any more, if so.
-    pub fn log_failure(&self) -> Option<&str> {
-        self.journal.as_ref()?.failed.as_deref()
+    /// Why the log of this core, or of another one that has said so, cannot be written any more.
+    pub fn log_failure(&self) -> Option<Cow<'_, str>> {
+        let journal = self.journal.as_ref()?;
+        if let Some(why) = &journal.failed {
+            return Some(why.into());
+        }
+        let core = journal.progress.iter().position(|progress| progress.failed)?;
+        Some(format!("the log of core {core} cannot be written").into())
+    }
+
+    /// Adds what this core's log and snapshots are like now.
+    pub(super) fn count_durability(&self, counters: &mut Counters) {
+        counters.log_waiting_bytes = self.shards.log.as_ref().map_or(0, |log| log.bytes() as u64);
+        counters.log_failed = u64::from(self.journal.as_ref().is_some_and(|journal| journal.failed.is_some()));
+        if let Some(images) = &self.images {
+            counters.snapshot_failed = u64::from(images.has_failed);
+            counters.snapshot_at_ms = images.finished_ms;
+        }
     }
 
     /// More waits for the disk than may: requests of other cores are to be left where they are.

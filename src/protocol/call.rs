@@ -20,6 +20,9 @@ mod kind {
     pub(super) const LARGE: u8 = 1;
     pub(super) const TRANSACTION: u8 = 2;
     pub(super) const REPORT: u8 = 3;
+    pub(super) const SNAPSHOT: u8 = 4;
+    /// Beside one of these: the answer comes when what it tells is safe.
+    pub(super) const DURABLE: u8 = 1 << 7;
 }
 
 /// Bytes of kind and length.
@@ -100,6 +103,16 @@ pub fn push_text_request(out: &mut Vec<u8>, text: Text) {
     push_framed(kind::REPORT, out, |out| out.push(text as u8));
 }
 
+/// Appends a request to begin a snapshot.
+pub fn push_snapshot_request(out: &mut Vec<u8>) {
+    push_framed(kind::SNAPSHOT, out, |_| {});
+}
+
+/// Has a request answered when what the answer tells is safe.
+pub fn make_durable(request: &mut [u8]) {
+    request[0] |= kind::DURABLE;
+}
+
 /// See [`Decoder::step`].
 #[inline]
 pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
@@ -119,7 +132,7 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
         return at(Decoded::Incomplete, 0);
     }
     let used = HEAD_BYTES + length;
-    let decoded = match kind {
+    let decoded = match kind & !kind::DURABLE {
         kind::COMMAND => Decoded::Command(read_command(&mut reader, None), Shape::code(0)),
         kind::LARGE => Decoded::Value(reader.u32() as usize),
         kind::TRANSACTION => {
@@ -138,6 +151,7 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
             };
             Decoded::Transaction(txn, Shape::code(0))
         }
+        kind::SNAPSHOT => Decoded::Broadcast(Broadcast::Snapshot, Shape::code(0)),
         _ => {
             let text = reader.u8();
             let wanted = Wanted {
@@ -148,7 +162,10 @@ pub(super) fn step<'a>(input: &'a [u8], env: &Env<'a>) -> Step<'a> {
             Decoded::Broadcast(Broadcast::Metrics(wanted), Shape::code(u32::from(text)))
         }
     };
-    at(decoded, used)
+    match kind & kind::DURABLE {
+        0 => at(decoded, used),
+        _ => at(decoded.durable(), used),
+    }
 }
 
 /// See [`Decoder::with_value`].
@@ -158,8 +175,12 @@ pub(super) fn with_value<'a>(header: &'a [u8], value: &'a Bytes) -> Step<'a> {
     if let Op::Put(put) = &mut command.op {
         put.value = Value::collected(value);
     }
+    let decoded = Decoded::Command(command, Shape::code(0));
     Step {
-        decoded: Decoded::Command(command, Shape::code(0)),
+        decoded: match header[0] & kind::DURABLE {
+            0 => decoded,
+            _ => decoded.durable(),
+        },
         used: 0,
         swallow: 0,
         next: Decoder::Call,
@@ -294,7 +315,11 @@ pub(super) fn encode_txn(results: TxnResults, out: &mut Rope) {
 
 /// Encodes the reply to a broadcast.
 pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerFacts<'_>, out: &mut Rope) {
-    let Report::Metrics(cores) = report else { return };
+    let cores = match report {
+        Report::Metrics(cores) => cores,
+        Report::NotDurable => return encode(&Reply::NotDurable, out),
+        _ => return encode(&Reply::Touched, out),
+    };
     match Text::ALL[shape.code as usize] {
         Text::Prometheus => exposition::prometheus(cores, server, false, &mut out.flat),
         Text::OpenMetrics => exposition::prometheus(cores, server, true, &mut out.flat),

@@ -253,6 +253,31 @@ const FAMILIES: &[Family] = &[
         "Bytes of effects written to the log.",
         &[(&[], |c| c.log_bytes)],
     ),
+    gauge(
+        "memkv_log_waiting_bytes",
+        "Bytes of effects that wait to be written to the log.",
+        &[(&[], |c| c.log_waiting_bytes)],
+    ),
+    gauge(
+        "memkv_log_failed",
+        "1: the log cannot be written any more, and writes are refused.",
+        &[(&[], |c| c.log_failed)],
+    ),
+    counter(
+        "memkv_snapshots",
+        "Snapshots of all of the core's shards that were finished.",
+        &[(&[], |c| c.snapshots)],
+    ),
+    gauge(
+        "memkv_snapshot_failed",
+        "1: the last snapshot was given up; the older one and the log are in force.",
+        &[(&[], |c| c.snapshot_failed)],
+    ),
+    gauge(
+        "memkv_snapshot_last_success_timestamp_seconds",
+        "When the last snapshot was finished, in seconds since the Unix epoch; 0: none since the start.",
+        &[(&[], |c| c.snapshot_at_ms * 1_000_000)],
+    ),
     counter("memkv_turns", "Turns of the event loop.", &[(&[], |c| c.turns)]),
     counter(
         "memkv_core_idle_seconds",

@@ -26,6 +26,9 @@ struct Live<'a> {
     memory: Memory,
     items: u64,
     connections: u64,
+    /// With a data directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log: Option<Log>,
     totals: Totals,
     latency: Latency,
     cores: Vec<Core>,
@@ -54,7 +57,20 @@ struct Kinds {
     order: u64,
     lingering: u64,
     connections: u64,
+    images: u64,
     other: u64,
+}
+
+/// What is written down of all this.
+#[derive(Serialize)]
+struct Log {
+    /// Bytes that wait.
+    waiting: u64,
+    /// Cores whose log cannot be written any more, or whose last snapshot was given up.
+    failed: u64,
+    snapshots_failed: u64,
+    /// When the last snapshot of all cores was finished; 0: none since the start.
+    snapshot_at_ms: u64,
 }
 
 #[derive(Serialize)]
@@ -69,6 +85,7 @@ struct Totals {
     expired: u64,
     out_of_memory: u64,
     transactions: u64,
+    log_bytes: u64,
     bytes_received: u64,
     bytes_sent: u64,
     connections_opened: u64,
@@ -158,11 +175,18 @@ pub(super) fn live(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &
                 order: c.order_bytes,
                 lingering: c.lingering_bytes,
                 connections: c.connection_bytes,
+                images: c.image_bytes,
                 other: c.other_bytes,
             },
         },
         items: c.items,
         connections: c.connections,
+        log: server.config.data_dir.as_ref().map(|_| Log {
+            waiting: c.log_waiting_bytes,
+            failed: c.log_failed,
+            snapshots_failed: c.snapshot_failed,
+            snapshot_at_ms: snapshot_at_ms(cores),
+        }),
         totals: Totals {
             requests: c.requests,
             forwarded: c.forwarded,
@@ -174,6 +198,7 @@ pub(super) fn live(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &
             expired: c.expired,
             out_of_memory: c.out_of_memory,
             transactions: c.txns,
+            log_bytes: c.log_bytes,
             bytes_received: c.bytes_received,
             bytes_sent: c.bytes_sent,
             connections_opened: c.connections_opened,
@@ -211,6 +236,12 @@ fn core((core, metrics): &(CoreId, Metrics)) -> Core {
         charged: c.charged_bytes,
         connections: c.connections,
     }
+}
+
+/// When the last snapshot of all cores was finished.
+fn snapshot_at_ms(cores: &[(CoreId, Metrics)]) -> u64 {
+    let finished = cores.iter().map(|(_, core)| core.counters.snapshot_at_ms);
+    finished.min().unwrap_or(0)
 }
 
 /// How many requests fell into each bucket.

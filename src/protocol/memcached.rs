@@ -54,6 +54,7 @@ const TOO_LARGE: &[u8] = b"SERVER_ERROR object too large for cache\r\n";
 const NO_MEMORY: &[u8] = b"SERVER_ERROR out of memory storing object\r\n";
 const READ_ONLY: &[u8] = b"SERVER_ERROR the server is read-only\r\n";
 const NOT_DURABLE: &[u8] = b"SERVER_ERROR not durable: the log cannot be written\r\n";
+const NO_SNAPSHOT: &[u8] = b"SERVER_ERROR no snapshot: the server has no --data-dir, or cannot write to its log\r\n";
 const NOT_A_NUMBER: &[u8] = b"CLIENT_ERROR cannot increment or decrement non-numeric value\r\n";
 const END: &[u8] = b"END\r\n";
 const OK: &[u8] = b"OK\r\n";
@@ -82,6 +83,7 @@ mod kind {
     pub(super) const RESET: u32 = 18;
     pub(super) const STATS_HOT_KEYS: u32 = 19;
     pub(super) const STATS_SLOW_LOG: u32 = 20;
+    pub(super) const SNAPSHOT: u32 = 21;
 }
 /// The client wants no reply.
 const QUIET: u32 = 1 << 8;
@@ -574,6 +576,7 @@ fn short_command<'a>(verb: &'a [u8], arguments: &'a [u8], env: &Env<'a>) -> Deco
             };
             Decoded::Broadcast(Broadcast::Flush(at), Shape::code(kind::DONE | reply))
         }
+        (b"snapshot", 0..=1) => Decoded::Broadcast(Broadcast::Snapshot, Shape::code(kind::SNAPSHOT | reply)),
         (b"version", _) => Decoded::Answer(concat!("VERSION ", version!(), "\r\n").as_bytes()),
         (b"quit", _) => Decoded::Close(b""),
         (b"verbosity", 1..=2) => match parse_u64(field()) {
@@ -736,6 +739,7 @@ pub(super) fn encode_report(shape: &Shape<'_>, report: &Report, server: &ServerF
         (_, Report::Done | Report::ReadOnly | Report::NotDurable) if shape.code & QUIET != 0 => return,
         (_, Report::Done) => return out.push(OK),
         (_, Report::ReadOnly) => return out.push(READ_ONLY),
+        (kind::SNAPSHOT, Report::NotDurable) => return out.push(NO_SNAPSHOT),
         (_, Report::NotDurable) => return out.push(NOT_DURABLE),
         (kind::STATS_ITEMS, Report::Metrics(cores)) => stats_items(&sum(cores), out),
         (kind::STATS_LATENCY, Report::Metrics(cores)) => stats_latency(&sum(cores), out),
@@ -859,6 +863,11 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
         ("log_writes", c.log_writes),
         ("log_syncs", c.log_syncs),
         ("log_bytes", c.log_bytes),
+        ("log_waiting_bytes", c.log_waiting_bytes),
+        ("log_failed", c.log_failed),
+        ("snapshots", c.snapshots),
+        ("snapshot_failed", c.snapshot_failed),
+        ("snapshot_at", earliest_snapshot_ms(cores) / 1000),
         ("receive_buffers_exhausted", c.receive_buffers_exhausted),
     ] {
         stat(out, name, value);
@@ -869,6 +878,12 @@ fn stats_general(cores: &[(CoreId, Metrics)], server: &ServerFacts<'_>, out: &mu
     let fragmentation = c.item_resident_bytes as f64 / c.item_bytes.max(1) as f64;
     stat(out, "fragmentation", format_args!("{fragmentation:.3}"));
     stat(out, "hit_ratio", format_args!("{:.4}", hit_ratio(c)));
+}
+
+/// When the last snapshot of all cores was finished; 0 while one has none.
+fn earliest_snapshot_ms(cores: &[(CoreId, Metrics)]) -> u64 {
+    let finished = cores.iter().map(|(_, core)| core.counters.snapshot_at_ms);
+    finished.min().unwrap_or(0)
 }
 
 fn evictions(counters: &Counters) -> u64 {

@@ -311,10 +311,10 @@ fn decode<'a>(
         let Some((number, field)) = fields.next()? else { break };
         match (number, field) {
             (1, Field::Number(number)) => *id = id_field(&before[..before.len() - fields.0.len()], number, env),
-            (2..=9, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
-            (2..=9, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
+            (2..=9 | 11, Field::Bytes(body)) if command.is_none() => command = Some((number, body)),
+            (2..=9 | 11, Field::Bytes(_)) => return Err(malformed("more than one command in a message")),
             (10, Field::Number(number)) => code = Shape::DURABLE * u32::from(number != 0),
-            (1..=10, _) => return Err(malformed("a field of the message is of a wrong type")),
+            (1..=11, _) => return Err(malformed("a field of the message is of a wrong type")),
             _ => {}
         }
     }
@@ -352,6 +352,10 @@ fn decode<'a>(
             Ok(Decoded::Broadcast(Broadcast::Flush(at), other))
         }
         9 => transaction(body, asked, env),
+        11 => {
+            proto::Snapshot::decode(body)?;
+            Ok(Decoded::Broadcast(Broadcast::Snapshot, other))
+        }
         _ => {
             proto::Topology::decode(body)?;
             Ok(Decoded::About(other))
@@ -920,8 +924,12 @@ pub(super) fn metrics_report<'a>(
     cores: impl Iterator<Item = &'a Metrics>,
     server: &ServerFacts<'_>,
 ) -> proto::MetricsReport {
-    let mut sum = Metrics::default();
-    cores.for_each(|metrics| sum.merge(metrics));
+    let (mut sum, mut snapshot_at_ms) = (Metrics::default(), u64::MAX);
+    for metrics in cores {
+        sum.merge(metrics);
+        snapshot_at_ms = snapshot_at_ms.min(metrics.counters.snapshot_at_ms);
+    }
+    sum.counters.snapshot_at_ms = snapshot_at_ms;
     let mut counters: std::collections::BTreeMap<String, u64> = sum
         .counters
         .named()

@@ -5,7 +5,8 @@ use crate::config::Config;
 use crate::encoding::Rope;
 use crate::model::{Command, Put, Transaction, UnixMillis};
 use crate::protocol::Protocol;
-use crate::protocol::call::{self, Answer, Text, TxnAnswer};
+use crate::protocol::call::{self, Answer, Outcome, Text, TxnAnswer};
+use std::borrow::Cow;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,14 +21,30 @@ const IDLE_CALLS_MAX: usize = 256;
 pub(super) struct Calls {
     handlers: Rc<Handlers>,
     protocol: Protocol,
+    is_durable: bool,
 }
 
 impl Calls {
     pub(super) fn new(handlers: Rc<Handlers>, protocol: Protocol) -> Self {
-        Self { handlers, protocol }
+        Self {
+            handlers,
+            protocol,
+            is_durable: false,
+        }
     }
 
-    fn begin(&self, request: &[u8]) -> Call {
+    /// The same, where commands and transactions are answered when what the answer tells is safe.
+    pub(super) fn durable(&self) -> Self {
+        Self {
+            is_durable: true,
+            ..self.clone()
+        }
+    }
+
+    fn begin(&self, request: &mut [u8]) -> Call {
+        if self.is_durable {
+            call::make_durable(request);
+        }
         let idle = self.handlers.idle_calls.borrow_mut().pop();
         let mut engine = self.handlers.engine.borrow_mut();
         let id = engine.open_call(self.protocol, idle);
@@ -42,7 +59,7 @@ impl Calls {
     pub(super) async fn execute(&self, command: &Command<'_>) -> Answer {
         let mut request = Vec::with_capacity(64 + command.key.len());
         call::push_request(&mut request, command);
-        let call = self.begin(&request);
+        let call = self.begin(&mut request);
         let answer = call.answer().await;
         call.read(answer)
     }
@@ -51,14 +68,14 @@ impl Calls {
     pub(super) fn announce(&self, key: &[u8], put: Put<'_>, bytes: usize) -> Upload {
         let mut request = Vec::with_capacity(64 + key.len());
         call::push_announced(&mut request, key, put, bytes);
-        Upload(self.begin(&request))
+        Upload(self.begin(&mut request))
     }
 
     /// Executes a transaction.
     pub(super) async fn transact(&self, txn: &Transaction<'_>) -> TxnAnswer {
         let mut request = vec![];
         call::push_transaction(&mut request, txn);
-        let call = self.begin(&request);
+        let call = self.begin(&mut request);
         call::read_txn_answer(call.answer().await)
     }
 
@@ -66,8 +83,28 @@ impl Calls {
     pub(super) async fn text(&self, text: Text) -> Vec<u8> {
         let mut request = vec![];
         call::push_text_request(&mut request, text);
-        let call = self.begin(&request);
+        let call = self.begin(&mut request);
         call.answer().await.flat
+    }
+
+    /// Begins a snapshot of the data directory.
+    pub(super) async fn snapshot(&self) -> Outcome {
+        let mut request = vec![];
+        call::push_snapshot_request(&mut request);
+        let call = self.begin(&mut request);
+        let answer = call.answer().await;
+        call.read(answer).outcome
+    }
+
+    /// Why the log cannot be written any more.
+    pub(super) fn log_failure(&self) -> Option<String> {
+        let engine = self.handlers.engine.borrow();
+        engine.log_failure().map(Cow::into_owned)
+    }
+
+    /// There is a log at all.
+    pub(super) fn has_log(&self) -> bool {
+        self.handlers.config.data_dir.is_some()
     }
 
     /// The options that the server was started with.

@@ -43,6 +43,8 @@ type Received<'a> = (&'a Parts, Incoming);
 const SERVICE: &str = "memkv.KV";
 
 static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// "true": the answer comes when what it tells is safe.
+static DURABLE: HeaderName = HeaderName::from_static("memkv-durable");
 static GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 
 /// Answers one request of an HTTP/2 connection.
@@ -54,6 +56,11 @@ pub(super) async fn serve(calls: Calls, request: Request<Incoming>) -> Response<
     let timeout = match timeout(&head.headers) {
         Ok(Some(Duration::ZERO)) => return late(),
         Ok(timeout) => timeout,
+        Err(status) => return status.into_http(),
+    };
+    let calls = match is_durable(&head.headers) {
+        Ok(true) => calls.durable(),
+        Ok(false) => calls,
         Err(status) => return status.into_http(),
     };
     let answer = pin!(answer(&calls, &head, body));
@@ -153,6 +160,15 @@ fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
     });
     let wrong = || Status::invalid_argument("grpc-timeout is not up to eight digits and one of H, M, S, m, u, n");
     parsed.map(Some).ok_or_else(wrong)
+}
+
+/// The client waits until what it is told is safe: the metadata `memkv-durable`.
+fn is_durable(headers: &HeaderMap) -> Result<bool, Status> {
+    match headers.get(&DURABLE).map(HeaderValue::as_bytes) {
+        None | Some(b"false") => Ok(false),
+        Some(b"true") => Ok(true),
+        Some(_) => Err(Status::invalid_argument("memkv-durable is true or false")),
+    }
 }
 
 fn late() -> Response<Body> {

@@ -3,6 +3,7 @@
 //! ```text
 //! GET, HEAD, PUT, DELETE /keys/{key}   the value as raw bytes; as JSON where Accept says so. /key/{key} is the same
 //! POST /keys:batch                     several operations at one instant: see `batch`
+//! POST /snapshot                       begins a snapshot of the data directory
 //! GET /healthz /readyz /version        for supervisors
 //! GET /metrics                         for Prometheus
 //! GET / /events                        the page, and what it shows each second
@@ -20,8 +21,8 @@ use crate::config::{Config, parse_duration};
 use crate::model::{
     Command, Condition, Deadline, Delete, LARGE_VALUE_BYTES, NewVersion, Op, Put, UnixMillis, Value, Version,
 };
-use crate::protocol::NOT_DURABLE;
 use crate::protocol::call::{Answer, Outcome, Text};
+use crate::protocol::{NO_LOG, NOT_DURABLE};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
@@ -267,26 +268,58 @@ impl Handler {
         if path.starts_with("/key") && !self.calls.is_ready() {
             return Err(loading().and_close());
         }
+        let durable = is_durable(request.uri().query())?.then(|| self.durable());
+        let this = durable.as_ref().unwrap_or(self);
         if let Some(key) = path.strip_prefix("/keys/").or_else(|| path.strip_prefix("/key/")) {
             let key = self.key(key)?;
             return match *request.method() {
-                Method::GET | Method::HEAD => self.get(&key, headers).await,
+                Method::GET | Method::HEAD => this.get(&key, headers).await,
                 Method::PUT => {
                     // The request that the key is a part of goes on.
                     let key = key.into_owned();
-                    self.put(&key, request).await
+                    this.put(&key, request).await
                 }
-                Method::DELETE => self.delete(&key, &request).await,
+                Method::DELETE => this.delete(&key, &request).await,
                 _ => Err(Problem::method("GET, HEAD, PUT, DELETE")),
             };
         }
         if path == "/keys:batch" {
             return match *request.method() {
-                Method::POST => self.batch(request).await,
+                Method::POST => this.batch(request).await,
+                _ => Err(Problem::method("POST")),
+            };
+        }
+        if path == "/snapshot" {
+            return match *request.method() {
+                Method::POST => self.snapshot(headers).await,
                 _ => Err(Problem::method("POST")),
             };
         }
         self.about(&request).await
+    }
+
+    /// The same handler, whose answers come when what they tell is safe.
+    fn durable(&self) -> Self {
+        Self {
+            calls: self.calls.durable(),
+            config: self.config.clone(),
+        }
+    }
+
+    async fn snapshot(&self, headers: &HeaderMap) -> Result<Response<Body>> {
+        self.check_source(headers).map_err(Problem::and_close)?;
+        if !self.calls.is_ready() {
+            return Err(loading().and_close());
+        }
+        let conflict = |why: Cow<'static, str>| Err(Problem::new(StatusCode::CONFLICT, why));
+        match self.calls.snapshot().await {
+            Outcome::Done => Ok(json(StatusCode::ACCEPTED, &serde_json::json!({"snapshot": "begun"}))),
+            Outcome::OutOfMemory => Err(no_memory()),
+            _ => conflict(match self.calls.log_failure() {
+                Some(why) => format!("no snapshot is made: {why}").into(),
+                None => "there is nothing to make a snapshot of: the server has no --data-dir".into(),
+            }),
+        }
     }
 
     /// What is not about keys.
@@ -332,6 +365,7 @@ impl Handler {
                 &serde_json::json!({"name": env!("CARGO_PKG_NAME"), "version": env!("CARGO_PKG_VERSION")}),
             )),
             "/readyz" if !self.calls.is_ready() => Err(loading()),
+            "/readyz" if self.calls.log_failure().is_some() => Err(log_failed(self.calls.log_failure())),
             _ => Ok(respond(
                 StatusCode::OK,
                 HeaderValue::from_static("text/plain; charset=utf-8"),
@@ -417,7 +451,7 @@ impl Handler {
                 conditions.check_if_match(None)?;
                 return Err(no_such_key());
             }
-            _ => return Err(refused(&answer)),
+            _ => return Err(self.refused(&answer)),
         };
         conditions.check_if_match(Some(item.version))?;
         let mut response = if !conditions.is_none_match(item.version) {
@@ -484,7 +518,7 @@ impl Handler {
                 Some(bytes) if bytes >= LARGE_VALUE_BYTES && is_final => {
                     let upload = self.calls.announce(key, put, bytes);
                     if let Some(answer) = upload.refused() {
-                        return Err(refused(&answer).and_close());
+                        return Err(self.refused(&answer).and_close());
                     }
                     while let Some(piece) = self.next_piece(&mut body).await? {
                         upload.send(&piece);
@@ -504,7 +538,7 @@ impl Handler {
                 Outcome::NotFound | Outcome::ConditionFailed if is_final => Err(conditions::failed()),
                 // It changed since it was looked at.
                 Outcome::NotFound | Outcome::ConditionFailed => continue,
-                _ => Err(refused(&answer)),
+                _ => Err(self.refused(&answer)),
             };
         }
         Err(conditions::failed())
@@ -548,7 +582,7 @@ impl Handler {
                 Outcome::NotFound if condition == Condition::Always => Err(no_such_key()),
                 Outcome::NotFound | Outcome::ConditionFailed if is_final => Err(conditions::failed()),
                 Outcome::NotFound | Outcome::ConditionFailed => continue,
-                _ => Err(refused(&answer)),
+                _ => Err(self.refused(&answer)),
             };
         }
         Err(conditions::failed())
@@ -564,13 +598,31 @@ impl Handler {
         let version = match answer.outcome {
             Outcome::Done => Some(answer.version),
             Outcome::NotFound => None,
-            _ => return Err(refused(&answer)),
+            _ => return Err(self.refused(&answer)),
         };
         conditions.check_if_match(version)?;
         match version {
             Some(version) if conditions.is_none_match(version) => Ok((Condition::VersionIs(version), false)),
             Some(_) => Err(conditions::failed()),
             None => Ok((Condition::Absent, false)),
+        }
+    }
+
+    /// Why a command was not executed.
+    fn refused(&self, answer: &Answer) -> Problem {
+        match answer.outcome {
+            Outcome::TooLarge => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the value is too large"),
+            Outcome::ReadOnly => read_only(),
+            Outcome::NotDurable => self.not_durable(),
+            _ => no_memory(),
+        }
+    }
+
+    fn not_durable(&self) -> Problem {
+        match self.calls.has_log() {
+            true => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, NOT_DURABLE),
+            // Only who has asked for it is told so.
+            false => Problem::new(StatusCode::CONFLICT, NO_LOG),
         }
     }
 
@@ -687,11 +739,26 @@ impl Wish {
                     let flags = value.parse();
                     wish.flags = flags.map_err(|_| Problem::bad("flags is a number of 32 bits"))?;
                 }
-                _ => return Err(Problem::bad("the query knows ttl and flags only")),
+                "durable" => {}
+                _ => return Err(Problem::bad("the query knows ttl, flags and durable only")),
             }
         }
         Ok(wish)
     }
+}
+
+/// The query asks for an answer that comes when what it tells is safe.
+fn is_durable(query: Option<&str>) -> Result<bool> {
+    let mut is_durable = false;
+    for pair in query.unwrap_or_default().split('&') {
+        is_durable = match pair.split_once('=').unwrap_or((pair, "")) {
+            ("durable", "true") => true,
+            ("durable", "false") => false,
+            ("durable", _) => return Err(Problem::bad("durable is true or false")),
+            _ => is_durable,
+        };
+    }
+    Ok(is_durable)
 }
 
 /// An item as JSON shows it.
@@ -768,22 +835,15 @@ fn too_large(bytes: usize, most: usize) -> Problem {
     Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail).and_close()
 }
 
-/// Why a command was not executed.
-fn refused(answer: &Answer) -> Problem {
-    match answer.outcome {
-        Outcome::TooLarge => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the value is too large"),
-        Outcome::ReadOnly => read_only(),
-        Outcome::NotDurable => not_durable(),
-        _ => no_memory(),
-    }
+/// Writes are refused from now on, so others are to have them.
+fn log_failed(why: Option<String>) -> Problem {
+    let why = why.unwrap_or_default();
+    let detail = format!("what is written cannot be made durable any more, and is refused: {why}");
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
 }
 
 fn read_only() -> Problem {
     Problem::new(StatusCode::FORBIDDEN, "the server is read-only: nothing was changed")
-}
-
-fn not_durable() -> Problem {
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, NOT_DURABLE)
 }
 
 fn no_memory() -> Problem {

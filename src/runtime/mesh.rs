@@ -11,7 +11,7 @@ use crate::protocol::Protocol;
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Batches that a queue holds. One is enough to be correct; some more keep a core from waiting for its peer's turn.
 const QUEUE_BATCHES: usize = 16;
@@ -147,8 +147,13 @@ pub(super) fn build(peers: &Arc<Vec<Peer>>) -> Vec<Mesh> {
 }
 
 impl Mesh {
-    /// Gives the engine all that other cores sent, and `adopt` the sockets.
-    pub(super) fn receive(&mut self, engine: &mut Engine, mut adopt: impl FnMut(&mut Engine, Handoff)) {
+    /// Gives the engine all that other cores sent, and `adopt` the sockets. `epoch`: that of all cores' logs.
+    pub(super) fn receive(
+        &mut self,
+        engine: &mut Engine,
+        epoch: &AtomicU64,
+        mut adopt: impl FnMut(&mut Engine, Handoff),
+    ) {
         for (core, port) in self.ports.iter_mut().enumerate() {
             let Some(port) = port else { continue };
             let peer = &self.peers[core];
@@ -161,6 +166,9 @@ impl Mesh {
                 port.requests_in.tell_room(peer);
             }
             while let Ok(batch) = port.replies_in.queue.pop() {
+                // It may tell of an epoch that has begun since this turn did. Requests need no such care: who sends them has said
+                // before, on the same queue, which epoch it is in.
+                engine.set_epoch(epoch.load(Ordering::SeqCst));
                 engine.replies(core, batch);
                 port.replies_in.tell_room(peer);
             }

@@ -217,7 +217,7 @@ pub(super) async fn run(
                 take_done(&mut engine, &mut files);
             }
             net.arm_listeners(now_ns);
-            mesh.receive(&mut engine, |engine, handoff| {
+            mesh.receive(&mut engine, &shared.epoch, |engine, handoff| {
                 net.adopt(engine, handoff.socket, handoff.protocol);
             });
             net.dispatch(

@@ -9,6 +9,7 @@ import itertools
 import random
 import struct
 import sys
+import tempfile
 import threading
 import time
 
@@ -108,6 +109,45 @@ def alive(server):
 
 
 # --- what the service does ------------------------------------------------------------------------
+
+
+DURABLE = (("memkv-durable", "true"),)
+
+
+def durable_calls(service):
+    """One of each method that concerns keys."""
+    a, b, large = kv.Entry(key=b"a", value=b"1"), kv.Entry(key=b"b", value=b"2"), kv.Entry(key=b"large", value=bytes(50_000))
+    return [
+        (service.Put, a),
+        (service.Put, large),
+        (service.Get, kv.GetRequest(key=b"a")),
+        (service.BatchPut, kv.BatchPutRequest(entries=[a, b])),
+        (service.BatchGet, kv.BatchGetRequest(keys=[b"a", b"b"])),
+        (service.Txn, kv.Txn(success=[kv.Operation(set=kv.Entry(key=b"t", value=b"3")), kv.Operation(delete=b"d")])),
+        (service.Delete, kv.DeleteRequest(key=b"d")),
+    ]
+
+
+@on_cores(1, 2)
+def test_grpc_durable_calls(cores):
+    with Server(cores) as server, Service(server) as service:
+        service.put(b"d", b"stays")
+        for call, request in durable_calls(service):
+            fails(grpc.StatusCode.FAILED_PRECONDITION, call, request, metadata=DURABLE, naming="--data-dir")
+            fails(INVALID, call, request, metadata=(("memkv-durable", "yes"),), naming="memkv-durable")
+        equal(service.batch_get(b"a", b"b", b"d", b"t"), [MISSING, MISSING, found(b"stays"), MISSING])
+        for call, request in durable_calls(service):
+            call(request, metadata=(("memkv-durable", "false"),))
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--data-dir", folder, "--durability", "none"]
+        with Server(cores, *options) as server, Service(server) as service:
+            service.put(b"d", b"goes")
+            for call, request in durable_calls(service):
+                call(request, metadata=DURABLE)
+            server.crash()
+        with Server(cores, *options) as server, Service(server) as service:
+            equal(service.batch_get(b"a", b"b", b"d", b"t"), [found(b"1"), found(b"2"), MISSING, found(b"3")])
+            equal(service.get(b"large"), found(bytes(50_000)))
 
 
 @on_cores(1, 2)

@@ -131,7 +131,7 @@ def test_http_openapi_says_what_the_server_does():
         url = "http://{}:{}/openapi.json".format(*server.http)
         schemathesis = pathlib.Path(sys.executable).with_name("st")
         # 412 is no slip of who asked: a condition that a schema allows need not hold.
-        pathlib.Path(folder, "schemathesis.toml").write_text('[checks]\npositive_data_acceptance.expected-statuses = ["2xx", 304, 404, 412]\n')
+        pathlib.Path(folder, "schemathesis.toml").write_text('[checks]\npositive_data_acceptance.expected-statuses = ["2xx", 304, 404, 409, 412]\n')
         # Deterministic: the same examples each time. Events have no end, so they are left out.
         command = [schemathesis, "run", url, "--exclude-path", "/events", "--checks", "all", "--phases", "examples,coverage,fuzzing",
                    "--generation-deterministic", "--max-examples", "20", "--continue-on-failure", "--no-color"]

@@ -79,6 +79,14 @@ class Server:
     def __exit__(self, *_):
         self.stop()
 
+    def crash(self):
+        """Ends it as no server would by itself."""
+        self.stopped = True
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+        self.process.stdout.close()
+
     def stop(self):
         if self.stopped:
             return

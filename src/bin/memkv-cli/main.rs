@@ -127,6 +127,8 @@ enum Command {
         #[arg(value_name = "SECONDS", value_parser = parse_seconds)]
         ttl: u64,
     },
+    /// Have the server begin a snapshot of its data directory.
+    Snapshot,
     /// Show the server's version.
     Version,
     /// Show counters, and how long requests took. Over the protobuf protocol.
@@ -149,6 +151,7 @@ impl Command {
             Command::Incr(_) => "incr",
             Command::Decr(_) => "decr",
             Command::Touch { .. } => "touch",
+            Command::Snapshot => "snapshot",
             Command::Version => "version",
             Command::Metrics => "metrics",
             Command::Topology => "topology",

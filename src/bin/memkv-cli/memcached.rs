@@ -29,7 +29,7 @@ pub(crate) fn check(command: &Command) -> Result<(), String> {
             expiry(*ttl).map(drop)
         }
         Command::Incr(Step { key, .. }) | Command::Decr(Step { key, .. }) => check_word(key),
-        Command::Flush | Command::Version | Command::Hotkeys | Command::Slowlog => Ok(()),
+        Command::Flush | Command::Snapshot | Command::Version | Command::Hotkeys | Command::Slowlog => Ok(()),
         Command::Metrics | Command::Topology => Err(format!(
             "{} needs the protobuf protocol: --server protobuf://HOST:PORT, by default port 7001; stats is what the \
              memcached protocol has",
@@ -189,6 +189,7 @@ impl Client {
             Command::Decr(step) => screen.each([&step.key], |key| self.count("decr", key, step.by)),
             Command::Touch { key, ttl } => screen.each([key], |key| self.touch(key, *ttl)),
             Command::Flush => screen.show(&self.flush()?.unwrap_or_default()),
+            Command::Snapshot => screen.show(&self.snapshot()?.unwrap_or_default()),
             Command::Version => screen.show(&self.version()?.unwrap_or_default()),
             Command::Stats { what } => screen.table(&self.stats(what)?),
             Command::Hotkeys => screen.table(&observed::hot_keys(&self.stats(&["hotkeys".into()])?)),
@@ -289,6 +290,11 @@ impl Client {
     /// Deletes everything.
     fn flush(&mut self) -> Answer {
         self.ask_line(&[b"flush_all"], |line| line == b"OK")
+    }
+
+    /// Begins a snapshot.
+    fn snapshot(&mut self) -> Answer {
+        self.ask_line(&[b"snapshot"], |line| line == b"OK")
     }
 
     /// The server's version.

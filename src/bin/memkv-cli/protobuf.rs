@@ -89,6 +89,10 @@ impl Client {
                 client.flush(Duration::ZERO)?;
                 screen.show(b"OK")?;
             }
+            Command::Snapshot => {
+                client.snapshot()?;
+                screen.show(b"OK")?;
+            }
             Command::Version => _ = screen.show(client.metrics()?.server_version.as_bytes())?,
             Command::Metrics => show_metrics(&client.metrics()?, screen)?,
             Command::Topology => show_topology(&client.topology()?, screen)?,

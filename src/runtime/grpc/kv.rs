@@ -8,7 +8,7 @@ use crate::model::{
 };
 use crate::proto::{self, Code, condition::Is, entry::Expiry, operation::Operation as Kind};
 use crate::protocol::call::{Answer, Outcome, Text, TxnAnswer};
-use crate::protocol::{NOT_DURABLE, READ_ONLY, is_text};
+use crate::protocol::{NO_LOG, NOT_DURABLE, READ_ONLY, is_text};
 use crate::runtime::calls::Calls;
 use prost::Message;
 use tonic::Status;
@@ -17,7 +17,7 @@ pub(super) async fn get(calls: &Calls, request: proto::GetRequest) -> Result<pro
     let key = checked_key(&request.key, None, &calls.config().limits)?;
     let op = read(request.with_version);
     let answer = calls.execute(&Command { key, op }).await;
-    done(&answer)?;
+    done(calls, &answer)?;
     Ok(get_response(answer))
 }
 
@@ -36,7 +36,7 @@ pub(super) async fn put(calls: &Calls, entry: proto::Entry) -> Result<proto::Put
         }
         _ => calls.execute(&command).await,
     };
-    done(&answer)?;
+    done(calls, &answer)?;
     if answer.outcome == Outcome::NotFound {
         // A write finds that there is no item only where its condition wants one.
         return Err(condition_failed(None));
@@ -55,7 +55,7 @@ pub(super) async fn delete(calls: &Calls, request: proto::DeleteRequest) -> Resu
         ..Delete::default()
     });
     let answer = calls.execute(&Command { key, op }).await;
-    done(&answer)?;
+    done(calls, &answer)?;
     let deleted = answer.outcome == Outcome::Done;
     if !deleted && condition != Condition::Always {
         return Err(condition_failed(None));
@@ -170,19 +170,19 @@ async fn together(
             "the values are too large together for one answer",
         )),
         TxnEnd::ReadOnly => Err(read_only()),
-        TxnEnd::NotDurable => Err(not_durable()),
+        TxnEnd::NotDurable => Err(not_durable(calls)),
     }
 }
 
 /// What an answer says, when it is an error whatever was asked.
-fn done(answer: &Answer) -> Result<(), Status> {
+fn done(calls: &Calls, answer: &Answer) -> Result<(), Status> {
     match answer.outcome {
         Outcome::Done | Outcome::NotFound => Ok(()),
         Outcome::ConditionFailed => Err(condition_failed(None)),
         Outcome::OutOfMemory => Err(out_of_memory()),
         Outcome::TooLarge => Err(Status::resource_exhausted("the result is too large")),
         Outcome::ReadOnly => Err(read_only()),
-        Outcome::NotDurable => Err(not_durable()),
+        Outcome::NotDurable => Err(not_durable(calls)),
     }
 }
 
@@ -190,8 +190,12 @@ fn read_only() -> Status {
     Status::failed_precondition(READ_ONLY)
 }
 
-fn not_durable() -> Status {
-    Status::unknown(NOT_DURABLE)
+fn not_durable(calls: &Calls) -> Status {
+    match calls.has_log() {
+        true => Status::unknown(NOT_DURABLE),
+        // Only who has asked for it is told so, and nothing was done.
+        false => Status::failed_precondition(NO_LOG),
+    }
 }
 
 fn out_of_memory() -> Status {

@@ -9,7 +9,7 @@
 //! of the operations. When a condition does not hold, nothing is done, and the status is 412.
 
 use super::conditions::{failed, tag, version_of};
-use super::{Body, Handler, JSON, Problem, Result, TextualValue, json, no_memory, not_durable, read_only};
+use super::{Body, Handler, JSON, Problem, Result, TextualValue, json, no_memory, read_only};
 use crate::model::{Check, Command, Condition, Deadline, Delete, Op, Put, Transaction, TxnEnd, UnixMillis, Value};
 use crate::protocol::call::{Answer, Outcome};
 use base64::Engine as _;
@@ -23,6 +23,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 #[serde(deny_unknown_fields)]
 struct Batch {
     operations: Vec<Operation>,
+    /// The answer comes when what it tells is safe. The query may say so, too.
+    #[serde(default)]
+    durable: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -151,7 +154,8 @@ impl Handler {
             .map(|(number, operation)| self.understand(number, operation, now))
             .collect();
         let understood = understood?;
-        let answers = self.transact(&understood).await?;
+        let durable = batch.durable.then(|| self.durable());
+        let answers = durable.as_ref().unwrap_or(self).transact(&understood).await?;
         let results = understood.iter().zip(&answers);
         let results = results
             .map(|(operation, answer)| show(operation.kind, answer))
@@ -246,7 +250,7 @@ impl Handler {
             TxnEnd::Failure => Err(failed()),
             TxnEnd::OutOfMemory => Err(no_memory()),
             TxnEnd::ReadOnly => Err(read_only()),
-            TxnEnd::NotDurable => Err(not_durable()),
+            TxnEnd::NotDurable => Err(self.not_durable()),
             TxnEnd::TooLarge => {
                 let detail = "the values are too large for one response";
                 Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail))

@@ -12,7 +12,7 @@
   const COLOURS = 8;
   const KINDS = [
     ['items', 'Items'], ['index', 'Index'], ['order', 'Order of eviction'], ['lingering', 'Being sent'],
-    ['connections', 'Connections'], ['other', 'Everything else'],
+    ['connections', 'Connections'], ['other', 'Everything else'], ['images', 'Snapshots'],
   ];
   const QUANTILES = [['p50', .5], ['p99', .99], ['p99.9', .999]];
   const NONE = '–';
@@ -322,6 +322,12 @@
 
   // --- the parts of the page ------------------------------------------------------------------------
 
+  function logTile({ log, now_ms }, written) {
+    if (log.failed) return ['Log', 'failed', 'writes are refused'];
+    const snapshot = log.snapshot_at_ms ? `snapshot ${age(Math.max(0, (now_ms - log.snapshot_at_ms) / 1000))} ago` : 'no snapshot yet';
+    return ['Log', written, log.snapshots_failed ? 'the last snapshot failed' : snapshot];
+  }
+
   function tiles(report, change) {
     const { totals, memory } = report;
     const rate = (name) => (change ? change.totals[name] / change.seconds : null);
@@ -340,6 +346,8 @@
       ['Connections', count(report.connections), `${perSecond(rate('connections_opened'))} new/s`],
       ['Network in', flow('bytes_received'), `out ${flow('bytes_sent')}`],
     ];
+    // Only a server with a data directory has one.
+    if (report.log) list.push(logTile(report, flow('log_bytes')));
     const boxes = children($('tiles'), list.length, () => {
       const box = make('div');
       box.append(make('dt'), make('dd', 'value'), make('dd', 'more'));
