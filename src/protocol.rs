@@ -139,6 +139,20 @@ pub enum Decoded<'a> {
     Shutdown,
 }
 
+impl Decoded<'_> {
+    /// The same, answered when what the answer tells is safe.
+    #[cold]
+    pub(crate) fn durable(mut self) -> Self {
+        if let Decoded::Command(_, shape)
+        | Decoded::Transaction(_, shape)
+        | Decoded::Broadcast(Broadcast::Flush(None), shape) = &mut self
+        {
+            shape.code |= Shape::DURABLE;
+        }
+        self
+    }
+}
+
 /// What a connection does with a transaction that it builds up command by command.
 #[derive(Clone, Copy, Debug)]
 pub enum Buffered<'a> {
