@@ -310,6 +310,87 @@ fn what_was_acknowledged_survives_a_kill() {
     }
 }
 
+/// Without `always`, a kill takes the end of what was written, and nothing before that: of each client's writes, one after the other
+/// and on all cores, a beginning is there, which has what was answered before a durable request was made.
+#[test]
+fn a_kill_cuts_at_one_moment() {
+    const WRITERS: usize = 4;
+    const KEYS: usize = 8;
+    for durability in ["none", "interval"] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = ["--cores", "3", "--durability", durability, "--sync-interval", "50ms"];
+        // What a writer's keys had when its last life ended.
+        let mut had = [[0; KEYS]; WRITERS];
+        for _ in 0..3 {
+            let server = Process::start(folder.path(), &options);
+            let address = server.address("protobuf");
+            // By writer: its last round that was acknowledged, and what that was when the durable request was made.
+            let rounds: Vec<AtomicUsize> = had.iter().map(|had| AtomicUsize::new(had[0])).collect();
+            let mut safe = [0; WRITERS];
+            std::thread::scope(|scope| {
+                for (writer, (had, last)) in had.iter().zip(&rounds).enumerate() {
+                    scope.spawn(move || {
+                        let mut to = client_of(address);
+                        for round in had[0] + 1.. {
+                            for key in 0..KEYS {
+                                let (key, value) = (format!("{writer}:{key}"), round.to_string());
+                                // Every other one by a transaction over two cores, perhaps.
+                                let twin = Put::new(format!("twin {key}"), value.clone());
+                                let puts = [Put::new(key, value), twin];
+                                let written = to.set_many(puts.into_iter().take(1 + round % 2));
+                                if written.is_err() {
+                                    return;
+                                }
+                            }
+                            last.store(round, Ordering::SeqCst);
+                        }
+                    });
+                }
+                let all = |by: usize| {
+                    let mut passed = rounds.iter().zip(&had);
+                    passed.all(|(round, had)| round.load(Ordering::SeqCst) >= had[0] + by)
+                };
+                until("enough writes", || all(100));
+                safe = std::array::from_fn(|writer| rounds[writer].load(Ordering::SeqCst));
+                let durable = Options {
+                    durable: true,
+                    timeout: PATIENCE,
+                    ..Options::default()
+                };
+                durable.connect(address).unwrap().set("this", "is safe").unwrap();
+                until("more writes", || all(300));
+                server.kill();
+            });
+            let server = Process::start(folder.path(), &options);
+            let mut to = client_of(server.address("protobuf"));
+            for (writer, had) in had.iter_mut().enumerate() {
+                let mut number = |key: String| -> usize {
+                    let found = bytes(to.get(key).unwrap()).unwrap_or_else(|| b"0".to_vec());
+                    String::from_utf8(found).unwrap().parse().unwrap()
+                };
+                let found: [usize; KEYS] = std::array::from_fn(|key| number(format!("{writer}:{key}")));
+                let twins: [usize; KEYS] = std::array::from_fn(|key| number(format!("twin {writer}:{key}")));
+                assert!(
+                    found.is_sorted_by(|first, second| first >= second),
+                    "{durability}: {found:?}"
+                );
+                assert!(found[0] - found[KEYS - 1] <= 1, "{durability}: {found:?}");
+                for (found, twin) in found.iter().zip(twins) {
+                    let odd = found - usize::from(found % 2 == 0 && *found > 0);
+                    assert_eq!(twin, odd, "{durability}: written at one instant");
+                }
+                assert!(
+                    found[KEYS - 1] >= safe[writer],
+                    "{durability}: {} was safe, {found:?}",
+                    safe[writer]
+                );
+                *had = found;
+            }
+            server.kill();
+        }
+    }
+}
+
 /// What asked to be durable is safe when it is answered, also where nothing else waits for the disk.
 #[test]
 fn durable_requests_survive_a_kill() {
