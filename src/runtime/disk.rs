@@ -30,6 +30,12 @@ impl Folder {
         let named =
             |what: &str, error: &Error| StartError(format!("cannot {what} {}: {}", root.display(), told(error)));
         let is_new = !root.exists();
+        if !is_new && !root.is_dir() {
+            let root = root.display();
+            return Err(StartError(format!(
+                "{root} is not a directory: name one for --data-dir, or a place for a new one"
+            )));
+        }
         std::fs::create_dir_all(root).map_err(|error| named("make the data directory", &error))?;
         if is_new && let Some(parent) = root.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             let synced = StdFile::open(parent).and_then(|parent| parent.sync_all());
