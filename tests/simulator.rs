@@ -15,8 +15,10 @@ mod support;
 use memkv::engine::Engine;
 use memkv::partition::RangeTable;
 use memkv::protocol::Protocol;
+use simulator::crashes;
 use simulator::mutation::Mutation;
 use simulator::run::{Counted, Ran, Verdict, run};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,41 +35,44 @@ fn number_from(variable: &str) -> Option<u64> {
     )
 }
 
-fn replay(seed: u64) -> String {
-    format!("replay it: MEMKV_SIM_SEED={seed} cargo test --test simulator one_seed -- --nocapture")
+fn replay(seed: u64, test: &str) -> String {
+    format!("replay it: MEMKV_SIM_SEED={seed} cargo test --test simulator {test} -- --nocapture")
 }
 
 /// What is wrong with a seed.
 fn complaint(ran: &Ran) -> Option<String> {
-    let story = &ran.story;
-    match &ran.verdict {
+    complain(&ran.story, &ran.verdict)
+}
+
+fn complain(story: &str, verdict: &Verdict) -> Option<String> {
+    match verdict {
         Verdict::Good => None,
         Verdict::Stuck(what) => Some(format!("{story}  stuck: {what}")),
         Verdict::NotSerializable(why) => Some(format!("{story}  {why}")),
         Verdict::Left(what) => Some(format!("{story}  left over: {what}")),
+        Verdict::NotRecovered(problem) => Some(format!("{story}  does not start again: {problem}")),
         Verdict::Undecided => Some(format!("{story}  the history is too tangled to be checked")),
     }
 }
 
-/// Runs seeds on all CPUs, each by itself in one thread; the first complaints, in the order of their seeds.
-fn run_all(seeds: std::ops::Range<u64>) -> (Counted, Vec<(u64, String)>) {
+/// Runs seeds on all CPUs, each by itself in one thread; what they met, and the first complaints, in the order of their seeds.
+fn run_all<C: Default + Send>(
+    seeds: std::ops::Range<u64>,
+    run: impl Fn(u64, &mut dyn FnMut(&dyn Fn(&mut C))) -> Option<String> + Sync,
+) -> (C, Vec<(u64, String)>) {
     let next = AtomicU64::new(seeds.start);
-    let found = Mutex::new((Counted::default(), vec![]));
+    let found = Mutex::new((C::default(), vec![]));
     let work = || {
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= seeds.end {
                 return;
             }
-            let ran = catch_unwind(AssertUnwindSafe(|| run(seed, None)));
+            let mut count = |add: &dyn Fn(&mut C)| add(&mut found.lock().unwrap().0);
+            let complaint = catch_unwind(AssertUnwindSafe(|| run(seed, &mut count)));
+            let complaint = complaint.unwrap_or_else(|_| Some(format!("seed {seed}: it panicked, see above")));
             let mut found = found.lock().unwrap();
-            match ran {
-                Err(_) => found.1.push((seed, format!("seed {seed}: it panicked, see above"))),
-                Ok(ran) => {
-                    found.0.add(&ran.counted);
-                    found.1.extend(complaint(&ran).map(|text| (seed, text)));
-                }
-            }
+            found.1.extend(complaint.map(|text| (seed, text)));
             if found.1.len() >= 5 {
                 return;
             }
@@ -84,25 +89,84 @@ fn run_all(seeds: std::ops::Range<u64>) -> (Counted, Vec<(u64, String)>) {
     (counted, complaints)
 }
 
-/// As many seeds as `MEMKV_SIM_SEEDS` says, from `MEMKV_SIM_FIRST` on.
-#[test]
-fn many_seeds() {
+/// The seeds that `MEMKV_SIM_FIRST` and `MEMKV_SIM_SEEDS` name.
+fn seeds() -> std::ops::Range<u64> {
     let first = number_from("MEMKV_SIM_FIRST").unwrap_or(1);
-    let count = number_from("MEMKV_SIM_SEEDS").unwrap_or(SEEDS);
-    let (counted, complaints) = run_all(first..first + count);
-    for (name, number) in counted.fields() {
+    first..first + number_from("MEMKV_SIM_SEEDS").unwrap_or(SEEDS)
+}
+
+/// Shows what seeds met, and what they complained of.
+fn judge(met: &[(&str, u64)], complaints: &[(u64, String)], is_all_met: bool, one: &str) {
+    for (name, number) in met {
         println!("{number:>12} {name}");
     }
-    for (seed, text) in &complaints {
-        println!("\n{text}  {}", replay(*seed));
+    for (seed, text) in complaints {
+        println!("\n{text}  {}", replay(*seed, one));
     }
     assert!(complaints.is_empty(), "{} seeds or more went wrong", complaints.len());
     // A simulation that no longer meets what it is there for would be good for ever.
-    if count >= SEEDS {
-        for (name, number) in counted.fields() {
-            assert!(number > 0, "no seed had any {name}");
+    if is_all_met {
+        for (name, number) in met {
+            assert!(*number > 0, "no seed had any {name}");
         }
     }
+}
+
+/// As many seeds as `MEMKV_SIM_SEEDS` says, from `MEMKV_SIM_FIRST` on.
+#[test]
+fn many_seeds() {
+    let seeds = seeds();
+    let many = seeds.end - seeds.start >= SEEDS;
+    let (counted, complaints) = run_all(seeds, |seed, count| {
+        let ran = run(seed, None);
+        count(&|sum: &mut Counted| sum.add(&ran.counted));
+        complaint(&ran)
+    });
+    judge(&counted.fields(), &complaints, many, "one_seed");
+}
+
+/// What seeds with crashes must meet.
+type Met = BTreeMap<&'static str, u64>;
+
+/// The same for servers that crash and come back.
+#[test]
+fn many_crashes() {
+    let seeds = seeds();
+    let many = seeds.end - seeds.start >= SEEDS;
+    let (met, complaints) = run_all(seeds, |seed, count| {
+        let ran = crashes::run(seed, None);
+        count(&|sum: &mut Met| {
+            for (name, number) in &ran.met {
+                *sum.entry(name).or_default() += number;
+            }
+        });
+        complain(&ran.story, &ran.verdict)
+    });
+    let met: Vec<(&str, u64)> = met.into_iter().collect();
+    judge(&met, &complaints, many, "one_crash");
+}
+
+/// The seed that `MEMKV_SIM_SEED` names, of those with crashes, with its history; and it runs the same way each time.
+#[test]
+fn one_crash() {
+    let seed = number_from("MEMKV_SIM_SEED").unwrap_or(1);
+    let ran = crashes::run(seed, None);
+    print!("{}", ran.story);
+    for (number, life) in (1..).zip(&ran.lives) {
+        println!("life {number}:");
+        let mut history = life.calls.clone();
+        history.sort_by_key(|call| call.invoked);
+        history.iter().for_each(|call| println!("  {call}"));
+        life.end.iter().for_each(|end| println!("  found: {}", end.found));
+    }
+    let complaint = complain(&ran.story, &ran.verdict);
+    assert!(complaint.is_none(), "{}", complaint.unwrap_or_default());
+    let again = crashes::run(seed, None);
+    assert_eq!(
+        format!("{:?}", ran.lives),
+        format!("{:?}", again.lives),
+        "it ran differently"
+    );
 }
 
 /// The seed that `MEMKV_SIM_SEED` names, with its history; and it runs the same way each time.

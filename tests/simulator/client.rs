@@ -10,8 +10,8 @@ use memkv::proto::entry::Expiry;
 use memkv::proto::message::Command;
 use memkv::proto::operation::Operation as Of;
 use memkv::proto::{
-    Code, Compare, Condition, Delete, Entry, Flush, Get, KeyResult, Metrics, Operation, Ping, Response, Set, Topology,
-    Txn,
+    Code, Compare, Condition, Delete, Entry, Flush, Get, KeyResult, Message as Request, Metrics, Operation, Ping,
+    Response, Set, Topology, Txn,
 };
 use memkv::protocol::Protocol;
 use prost::Message;
@@ -32,6 +32,10 @@ pub struct Habits {
     pub tight: bool,
     /// Nor are transactions that are refused for their size.
     pub limited: bool,
+    /// How often in a hundred a request asks to be safe before it is answered.
+    pub durable_percent: usize,
+    /// Disks fail: what is answered may not be safe, and writes may be refused.
+    pub failing: bool,
 }
 
 /// What all clients of a seed know together.
@@ -218,6 +222,8 @@ pub struct Asked {
     pub invoked: Option<(u64, u64)>,
     /// It is not answered, and may have been refused.
     pub may_be_refused: bool,
+    /// It is to be safe before it is answered.
+    pub durable: bool,
 }
 
 /// One connection and who is behind it.
@@ -253,6 +259,7 @@ pub struct Draft {
     flushes_in: Option<u64>,
     /// It may be begun with its first byte.
     early: bool,
+    durable: bool,
 }
 
 impl Draft {
@@ -264,7 +271,22 @@ impl Draft {
             versions: false,
             flushes_in: None,
             early: false,
+            durable: false,
         }
+    }
+}
+
+impl Draft {
+    /// The same request of a protobuf client, to be safe before it is answered.
+    fn durable(mut self) -> Self {
+        let mut request = Request::decode_length_delimited(self.bytes.as_slice()).expect("a request");
+        // Asking how the server is does not wait for anything.
+        if self.answer != Answer::Other {
+            request.durable = true;
+            self.bytes = request.encode_length_delimited_to_vec();
+            self.durable = true;
+        }
+        self
     }
 }
 
@@ -290,6 +312,11 @@ impl Actor {
         }
     }
 
+    /// How many requests it makes for each of another's: many lines of a transaction are calls to nobody.
+    pub fn lines(&self) -> usize {
+        if self.protocol == Protocol::JsonLine { 3 } else { 1 }
+    }
+
     /// Nothing is to be done and nothing is owed.
     pub fn is_done(&self) -> bool {
         self.gone || self.left == 0 && self.asked.is_empty() && self.outbox.is_empty()
@@ -298,7 +325,13 @@ impl Actor {
     /// Makes up a request.
     pub fn ask(&mut self, common: &mut Common) {
         let draft = match self.protocol {
-            Protocol::Protobuf => self.protobuf(common),
+            Protocol::Protobuf => {
+                let draft = self.protobuf(common);
+                match common.habits.durable_percent {
+                    percent if percent > 0 && common.random.chance(percent) => draft.durable(),
+                    _ => draft,
+                }
+            }
             Protocol::JsonLine => self.talk.ask(common),
             _ => memcached(common),
         };
@@ -318,6 +351,13 @@ impl Actor {
             Protocol::JsonLine => keys.iter().for_each(|key| self.push(json_line::get(common, *key))),
             _ => self.push(memcached_get(common, &keys, false)),
         }
+    }
+
+    /// Asks, with protobuf, what the server knows of each key, at one instant.
+    pub fn find_all(&mut self, common: &Common) {
+        let keys: Vec<Key> = (0..common.keys.len()).collect();
+        let draft = self.protobuf_get(common, &keys, true);
+        self.push(draft);
     }
 
     /// Empties the store, all at once or key by key.
@@ -349,6 +389,7 @@ impl Actor {
             begins_at: if draft.early { begins_at } else { self.queued_bytes - 1 },
             invoked: None,
             may_be_refused: false,
+            durable: draft.durable,
         });
     }
 
@@ -650,12 +691,17 @@ fn done(held: Held, outcomes: Vec<Outcome>) -> Vec<Said> {
 fn understand(asked: &Asked, response: &Response, common: &mut Common) -> Vec<Said> {
     assert_eq!(response.id, asked.id, "the answer to another request");
     let tight = common.habits.tight;
+    let results = &response.results;
+    let mut codes = results.iter().map(KeyResult::code).chain([response.code()]);
+    if let Some(unsafe_code) = codes.find(|code| matches!(code, Code::NotDurable | Code::ReadOnly)) {
+        assert!(common.habits.failing, "{unsafe_code:?}: {}", response.message);
+        return refused_by_the_disk(asked, unsafe_code == Code::NotDurable);
+    }
     if asked.answer == Answer::Other {
         assert_eq!(response.code(), Code::Ok);
         return vec![];
     }
     let op = &asked.ops[0];
-    let results = &response.results;
     if matches!(response.code(), Code::OutOfMemory | Code::TooLarge) {
         assert!(
             tight && results.is_empty(),
@@ -700,6 +746,16 @@ fn understand(asked: &Asked, response: &Response, common: &mut Common) -> Vec<Sa
         Answer::Flushed => done(Held::All(true), vec![Outcome::Flushed]),
         answer => unreachable!("{answer:?} is none of protobuf"),
     }
+}
+
+/// What is said of calls that the server could not make safe, or does not take any more. What was not made safe may be done
+/// or not; a read of it says nothing.
+fn refused_by_the_disk(asked: &Asked, may_be_done: bool) -> Vec<Said> {
+    let said = |op: &Op| match may_be_done && !op.only_reads() {
+        true => Said::Nothing,
+        false => Said::Refused,
+    };
+    asked.ops.iter().map(said).collect()
 }
 
 // ---- memcached ----
@@ -802,6 +858,15 @@ fn memcached_get(common: &Common, keys: &[Key], versions: bool) -> Draft {
     }
 }
 
+/// The server says that it cannot make something safe, or that it takes no writes any more; true: it may have done it.
+fn not_safe(line: &str) -> Option<bool> {
+    match line {
+        _ if line.starts_with("SERVER_ERROR not durable") => Some(true),
+        _ if line.contains("read-only") => Some(false),
+        _ => None,
+    }
+}
+
 /// A line, and where the next one begins.
 fn line_at(bytes: &[u8], at: usize) -> Option<(&str, usize)> {
     let rest = bytes.get(at..)?;
@@ -814,6 +879,10 @@ fn understand_text(asked: &Asked, bytes: &[u8], common: &mut Common) -> Option<(
         return understand_values(asked, bytes, versions, common);
     }
     let (line, used) = line_at(bytes, 0)?;
+    if let Some(may_be_done) = not_safe(line) {
+        assert!(common.habits.failing, "{line}");
+        return Some((refused_by_the_disk(asked, may_be_done), used));
+    }
     if line.contains("out of memory") {
         assert!(common.habits.tight, "{line}");
         return Some((vec![Said::Refused], used));
@@ -845,11 +914,13 @@ fn understand_text(asked: &Asked, bytes: &[u8], common: &mut Common) -> Option<(
 fn understand_values(asked: &Asked, bytes: &[u8], versions: bool, common: &mut Common) -> Option<(Vec<Said>, usize)> {
     let mut found = VecDeque::new();
     let mut at = 0;
-    loop {
+    let refused_last = loop {
         let (line, next) = line_at(bytes, at)?;
-        if line == "END" {
+        if line == "END" || not_safe(line).is_some() {
+            let refused_last = line != "END";
+            assert!(!refused_last || common.habits.failing, "{line}");
             at = next;
-            break;
+            break refused_last;
         }
         let words: Vec<&str> = line.split(' ').collect();
         assert!(
@@ -870,9 +941,9 @@ fn understand_values(asked: &Asked, bytes: &[u8], versions: bool, common: &mut C
             told,
         ));
         at = next + length + 2;
-    }
+    };
     let mut said = vec![];
-    for op in &asked.ops {
+    for (number, op) in asked.ops.iter().enumerate() {
         let [Act::Get(key)] = op.success[..] else {
             unreachable!("a read")
         };
@@ -887,6 +958,11 @@ fn understand_values(asked: &Asked, bytes: &[u8], versions: bool, common: &mut C
                     version,
                     ends: None,
                 }
+            }
+            // This protocol has no word for a key that cannot be told of, unless it is the last.
+            _ if common.habits.failing && (refused_last || number + 1 < asked.ops.len()) => {
+                said.push(Said::Refused);
+                continue;
             }
             _ => Outcome::Missing,
         };

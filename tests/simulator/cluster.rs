@@ -4,6 +4,7 @@
 //! delay; a batch that finds its queue full stays with its engine. Order is kept for each pair of cores and direction, and
 //! nowhere else.
 
+use super::files::Files;
 use super::mutation::Mutator;
 use super::random::Random;
 use super::support::{self, BEGAN_MS, Client};
@@ -54,9 +55,13 @@ pub struct Cluster {
     wires: HashMap<Client, Wire>,
     random: Random,
     mutator: Option<Mutator>,
-    turns: u64,
+    pub turns: u64,
     pub now_ms: u64,
     now_ns: u64,
+    /// When the server was started.
+    began_ms: u64,
+    /// The cores' files, if they have any.
+    pub files: Option<Files>,
     /// The cores' clocks do not agree to the nanosecond.
     skew_ns: Vec<u64>,
 }
@@ -64,10 +69,15 @@ pub struct Cluster {
 const DIRECTIONS: [Direction; 2] = [Direction::Requests, Direction::Replies];
 
 impl Cluster {
-    pub fn new(surroundings: Surroundings, mut random: Random, mutator: Option<Mutator>) -> Self {
+    pub fn new(surroundings: Surroundings, random: Random, mutator: Option<Mutator>) -> Self {
+        Self::at(0, surroundings, random, mutator)
+    }
+
+    /// One that is started so many milliseconds after the simulation began.
+    pub fn at(now_ms: u64, surroundings: Surroundings, mut random: Random, mutator: Option<Mutator>) -> Self {
         let options: Vec<&str> = surroundings.options.iter().map(String::as_str).collect();
         let cores = surroundings.cores;
-        let (engines, _) = support::engines(cores, &options);
+        let (engines, _) = support::engines_at(cores, &options, UnixMillis(BEGAN_MS + now_ms));
         Self {
             engines,
             queues: (0..usize::from(cores).pow(2)).map(|_| Default::default()).collect(),
@@ -77,8 +87,10 @@ impl Cluster {
             random,
             mutator,
             turns: 0,
-            now_ms: 0,
+            now_ms,
             now_ns: 0,
+            began_ms: now_ms,
+            files: None,
         }
     }
 
@@ -86,14 +98,22 @@ impl Cluster {
         &self.surroundings
     }
 
-    fn begin(&mut self, core: usize) {
-        self.now_ns += 1 + self.random.below(2000) as u64;
-        let now_ns = self.now_ns + self.now_ms * 1_000_000 + self.skew_ns[core];
-        self.engines[core].begin_turn(now_ns, UnixMillis(BEGAN_MS + self.now_ms));
+    /// What the clock of a core shows that began with the server.
+    fn now_ns(&self, core: usize) -> u64 {
+        self.now_ns + (self.now_ms - self.began_ms) * 1_000_000 + self.skew_ns[core]
     }
 
-    fn end(&mut self, core: usize) {
-        let now_ns = self.now_ns + self.now_ms * 1_000_000 + self.skew_ns[core];
+    pub fn begin(&mut self, core: usize) {
+        self.now_ns += 1 + self.random.below(2000) as u64;
+        let now_ns = self.now_ns(core);
+        self.engines[core].begin_turn(now_ns, UnixMillis(BEGAN_MS + self.now_ms));
+        if let Some(files) = &self.files {
+            files.begin(&mut self.engines[core]);
+        }
+    }
+
+    pub fn end(&mut self, core: usize) {
+        let now_ns = self.now_ns(core);
         self.engines[core].end_turn(now_ns + 100);
     }
 
@@ -184,6 +204,9 @@ impl Cluster {
     fn turn_of(&mut self, core: usize) {
         self.turns += 1;
         self.begin(core);
+        if let Some(files) = &mut self.files {
+            files.take(core, self.turns, &mut self.engines[core]);
+        }
         for (other, direction) in self.in_some_order(core) {
             self.deliver(other, core, direction);
         }
@@ -191,10 +214,38 @@ impl Cluster {
             self.engines[core].free_spare_buffers();
         }
         self.look_after(core);
+        if let Some(files) = &mut self.files {
+            files.give(core, self.turns, &mut self.engines[core]);
+        }
         for (other, direction) in self.in_some_order(core) {
             self.collect(core, other, direction);
         }
         self.end(core);
+        if let Some(files) = &mut self.files {
+            files.step(self.turns);
+        }
+    }
+
+    /// The logs are ended, in order.
+    pub fn end_files(&mut self) {
+        for core in 0..self.engines.len() {
+            self.begin(core);
+            if let Some(files) = &mut self.files {
+                files.end(core, self.turns, &mut self.engines[core]);
+            }
+            self.end(core);
+        }
+    }
+
+    /// Only files are looked after.
+    pub fn turn_of_files(&mut self) {
+        self.turns += 1;
+        if let Some(files) = &mut self.files {
+            files.step(self.turns);
+            for (core, engine) in self.engines.iter_mut().enumerate() {
+                files.take(core, self.turns, engine);
+            }
+        }
     }
 
     fn in_some_order(&mut self, core: usize) -> Vec<(usize, usize)> {
@@ -212,6 +263,10 @@ impl Cluster {
     fn deliver(&mut self, from: usize, to: usize, direction: usize) {
         let turns = self.turns;
         while self.random.chance(self.surroundings.look_percent) {
+            if direction == 0 && self.engines[to].is_log_full() {
+                // They wait where they are.
+                return;
+            }
             let queue = self.queue(from, to, direction);
             if queue.batches.front().is_none_or(|(due, _)| *due > turns) {
                 return;

@@ -143,6 +143,21 @@ impl Talk {
     /// What the answer to `line` says. It also completes what a COMMIT asked.
     pub fn understand(&mut self, line: Line, ops: &mut [Op], answer: &str, common: &Common) -> Vec<Said> {
         let result = result_of(answer);
+        if let Err(mesg) = &result
+            && let Some(may_be_done) = not_safe(mesg)
+        {
+            assert!(common.habits.failing, "{mesg}");
+            match line {
+                Line::Commit => self.check(&mut ops[0]),
+                Line::GetInside(_) => self.told.unsure = true,
+                _ => {}
+            }
+            let said = |op: &Op| match may_be_done && !op.only_reads() {
+                true => Said::Nothing,
+                false => Said::Refused,
+            };
+            return ops.iter().map(said).collect();
+        }
         if line.is_inside()
             && let Err(mesg) = &result
             && mesg.contains(": roll ")
@@ -190,12 +205,12 @@ impl Talk {
                 match result {
                     Ok(None) => done(Held::All(true), op.success.iter().map(written).collect()),
                     // Without memory for a version nobody knows whether a key has changed.
-                    Err(mesg) if mesg.contains("has changed") && !common.habits.tight => {
+                    Err(mesg) if mesg.contains("has changed") && !common.habits.tight && !self.told.unsure => {
                         assert!(self.told.checks.is_some(), "it was not checked: {mesg}");
                         done(Held::All(false), vec![])
                     }
                     Err(mesg) => {
-                        assert!(common.habits.limited, "{mesg}");
+                        assert!(common.habits.limited || self.told.unsure, "{mesg}");
                         vec![Said::Refused]
                     }
                     Ok(Some(value)) => panic!("COMMIT was answered with {value}"),
@@ -292,6 +307,15 @@ fn value_of(result: Result<Option<&str>, &str>, common: &Common) -> Option<Optio
             assert!(common.habits.tight, "{mesg}");
             None
         }
+    }
+}
+
+/// The server says that it cannot make something safe, or that it takes no writes any more; true: it may have done it.
+fn not_safe(mesg: &str) -> Option<bool> {
+    match mesg {
+        _ if mesg.starts_with("not durable") => Some(true),
+        _ if mesg.contains("read-only") => Some(false),
+        _ => None,
     }
 }
 

@@ -3,7 +3,9 @@
 pub mod checker;
 pub mod client;
 pub mod cluster;
+pub mod crashes;
 pub mod disk;
+pub mod files;
 pub mod json_line;
 pub mod keepers;
 pub mod lives;

@@ -137,6 +137,21 @@ pub struct Call {
 }
 
 impl Call {
+    /// Nobody asked for anything.
+    pub fn nothing() -> Self {
+        Self {
+            client: usize::MAX,
+            op: Op::default(),
+            said: Said::Nothing,
+            invoked: u64::MAX,
+            responded: u64::MAX,
+            invoked_ms: u64::MAX,
+            responded_ms: u64::MAX,
+            may_be_refused: false,
+            durable: false,
+        }
+    }
+
     pub fn answered(&self) -> bool {
         self.responded != u64::MAX
     }

@@ -39,6 +39,8 @@ pub enum Verdict {
     Left(String),
     /// The history is too tangled to be judged.
     Undecided,
+    /// The server does not start again with what it left.
+    NotRecovered(String),
 }
 
 /// A seed that was run.
@@ -110,26 +112,26 @@ impl Counted {
 }
 
 /// A flush that was asked for before its time.
-struct Later {
+pub(super) struct Later {
     delay_ms: u64,
     invoked: (u64, u64),
     responded: (u64, u64),
 }
 
-struct Simulation {
-    cluster: Cluster,
-    actors: Vec<Actor>,
-    common: Common,
-    random: Random,
-    history: Vec<Call>,
-    later: Vec<Later>,
+pub(super) struct Simulation {
+    pub(super) cluster: Cluster,
+    pub(super) actors: Vec<Actor>,
+    pub(super) common: Common,
+    pub(super) random: Random,
+    pub(super) history: Vec<Call>,
+    pub(super) later: Vec<Later>,
     /// The step of each change of the clock, with what it shows since.
-    clock: Vec<(u64, u64)>,
-    step: u64,
+    pub(super) clock: Vec<(u64, u64)>,
+    pub(super) step: u64,
     idle_steps: usize,
     fragments: Fragments,
-    tick_percent: usize,
-    tick_ms: usize,
+    pub(super) tick_percent: usize,
+    pub(super) tick_ms: usize,
     vanished: u64,
 }
 
@@ -142,7 +144,7 @@ enum Fragments {
 }
 
 /// What the seed is like; requests may be refused for lack of room; transactions for their size or their silence.
-fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool, bool) {
+pub(super) fn surroundings(random: &mut Random, tame: bool, may_be_tight: bool) -> (Surroundings, bool, bool) {
     let cores = if tame {
         random.between(2, 4)
     } else {
@@ -168,7 +170,7 @@ fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool, bool) {
                 .to_owned(),
         );
     }
-    let tight = !tame && random.chance(25);
+    let tight = may_be_tight && random.chance(25);
     if tight {
         // What empty cores are charged, and a little: for connections, and for data.
         let names: Vec<&str> = options.iter().map(String::as_str).collect();
@@ -194,7 +196,7 @@ fn surroundings(random: &mut Random, tame: bool) -> (Surroundings, bool, bool) {
 }
 
 /// Keys that differ from seed to seed, so that they lie elsewhere. Some share a core by their tag.
-fn keys(random: &mut Random) -> Vec<Vec<u8>> {
+pub(super) fn keys(random: &mut Random) -> Vec<Vec<u8>> {
     let count = random.pick(&[2, 2, 3, 3, 4, 5, 6, KEYS_MAX]);
     let tagged = random.chance(20);
     let name = |key: usize, random: &mut Random| match tagged && key < 2 {
@@ -208,7 +210,7 @@ impl Simulation {
     fn new(seed: u64, mutation: Option<Mutation>) -> Self {
         let mut random = Random::new(seed);
         let tame = mutation.is_some();
-        let (surroundings, tight, limited) = surroundings(&mut random, tame);
+        let (surroundings, tight, limited) = surroundings(&mut random, tame, !tame);
         let habits = Habits {
             large_percent: if tame { 0 } else { random.pick(&[0, 0, 20]) },
             ends_percent: random.pick(&[0, 0, 10, 40]),
@@ -220,11 +222,37 @@ impl Simulation {
             tight,
             // Lack of room is one more reason why a transaction cannot be committed.
             limited: limited || tight,
+            durable_percent: 0,
+            failing: false,
         };
         let common = Common::new(keys(&mut random), habits, random.fork());
         let mutator = mutation.map(|mutation| Mutator::new(mutation, random.fork()));
-        let mut simulation = Self {
-            cluster: Cluster::new(surroundings.clone(), random.fork(), mutator),
+        let cluster = Cluster::new(surroundings.clone(), random.fork(), mutator);
+        let mut simulation = Self::of(cluster, common, random);
+        let count = simulation.random.between(2, 6);
+        let requests = simulation.random.between(12, 80);
+        let mut vanishing = 0;
+        for _ in 0..count {
+            let core = simulation.random.below(usize::from(surroundings.cores)) as u16;
+            let actor = simulation.connect_any(core);
+            let random = &mut simulation.random;
+            let actor = &mut simulation.actors[actor];
+            actor.depth = random.pick(&[1, 2, 4, 10]);
+            actor.left = actor.lines() * requests / count;
+            if vanishing < VANISHING_MAX && random.chance(15) {
+                vanishing += 1;
+                actor.vanishes_at = Some(random.below(actor.left));
+                actor.depth = actor.depth.min(UNANSWERED_MAX);
+            }
+            actor.finishes = random.chance(20);
+        }
+        simulation
+    }
+
+    /// Without clients.
+    pub(super) fn of(cluster: Cluster, common: Common, mut random: Random) -> Self {
+        Self {
+            cluster,
             actors: vec![],
             common,
             history: vec![],
@@ -237,39 +265,24 @@ impl Simulation {
             tick_ms: random.pick(&[1, 5, 30]),
             vanished: 0,
             random,
-        };
-        let count = simulation.random.between(2, 6);
-        let requests = simulation.random.between(12, 80);
-        let mut vanishing = 0;
-        for _ in 0..count {
-            let core = simulation.random.below(usize::from(surroundings.cores)) as u16;
-            let protocol = simulation.random.pick(&[
-                Protocol::Protobuf,
-                Protocol::Protobuf,
-                Protocol::Memcached,
-                Protocol::JsonLine,
-            ]);
-            let actor = simulation.connect(core, protocol);
-            let random = &mut simulation.random;
-            let actor = &mut simulation.actors[actor];
-            actor.depth = random.pick(&[1, 2, 4, 10]);
-            // Many lines of a transaction are calls to nobody.
-            let lines = if protocol == Protocol::JsonLine { 3 } else { 1 };
-            actor.left = lines * requests / count;
-            if vanishing < VANISHING_MAX && random.chance(15) {
-                vanishing += 1;
-                actor.vanishes_at = Some(random.below(actor.left));
-                actor.depth = actor.depth.min(UNANSWERED_MAX);
-            }
-            actor.finishes = random.chance(20);
         }
-        simulation
     }
 
-    fn connect(&mut self, core: u16, protocol: Protocol) -> usize {
+    /// A client of some protocol.
+    pub(super) fn connect_any(&mut self, core: u16) -> usize {
+        let protocol = self.random.pick(&[
+            Protocol::Protobuf,
+            Protocol::Protobuf,
+            Protocol::Memcached,
+            Protocol::JsonLine,
+        ]);
+        self.connect(core, protocol)
+    }
+
+    pub(super) fn connect(&mut self, core: u16, protocol: Protocol) -> usize {
         // The connection may get the number of one that is closed.
         for actor in &mut self.actors {
-            actor.gone |= self.cluster.is_closed(actor.client);
+            actor.gone = actor.gone || self.cluster.is_closed(actor.client);
         }
         let number = self.actors.len();
         let client = self.cluster.connect(core, protocol);
@@ -277,13 +290,13 @@ impl Simulation {
         number
     }
 
-    fn now(&mut self) -> (u64, u64) {
+    pub(super) fn now(&mut self) -> (u64, u64) {
         self.step += 1;
         (self.step, self.cluster.now_ms)
     }
 
     /// Something happens.
-    fn act(&mut self) {
+    pub(super) fn act(&mut self) {
         match self.random.below(100) {
             0..55 => self.turn(),
             at if at < 55 + self.tick_percent => {
@@ -300,13 +313,13 @@ impl Simulation {
         }
     }
 
-    fn pass(&mut self, ms: u64) {
+    pub(super) fn pass(&mut self, ms: u64) {
         self.cluster.now_ms += ms;
         let now = self.now();
         self.clock.push(now);
     }
 
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         let core = self.cluster.turn();
         for actor in 0..self.actors.len() {
             if usize::from(self.actors[actor].client.core) == core {
@@ -316,7 +329,7 @@ impl Simulation {
     }
 
     /// Takes what the actor was sent.
-    fn hear(&mut self, actor: usize) {
+    pub(super) fn hear(&mut self, actor: usize) {
         if self.actors[actor].gone {
             return;
         }
@@ -327,8 +340,14 @@ impl Simulation {
             let now = self.now();
             self.note(&asked, now);
             for ((call, op), said) in asked.calls.iter().zip(asked.ops).zip(said) {
-                let call = &mut self.history[*call];
+                let number = *call;
+                let call = &mut self.history[number];
                 call.op = op;
+                if said == Said::Nothing {
+                    // Nobody knows whether it was done; what its client asked behind it does not wait for it.
+                    call.client = NOBODY * NOBODY + number;
+                    continue;
+                }
                 if asked.invoked.is_none() {
                     assert_eq!(said, Said::Refused, "an answer came before its question");
                     (call.invoked, call.invoked_ms) = now;
@@ -393,7 +412,7 @@ impl Simulation {
     }
 
     /// The history gets what the actor has asked and it does not have.
-    fn begin_calls(&mut self, at: usize) {
+    pub(super) fn begin_calls(&mut self, at: usize) {
         let asked = self.actors[at].asked.iter_mut();
         for asked in asked.filter(|asked| asked.calls.is_empty()) {
             for op in &asked.ops {
@@ -407,7 +426,7 @@ impl Simulation {
                     invoked_ms: u64::MAX,
                     responded_ms: u64::MAX,
                     may_be_refused: self.common.habits.tight,
-                    durable: false,
+                    durable: asked.durable,
                 });
             }
         }
@@ -443,9 +462,18 @@ impl Simulation {
     fn vanish(&mut self, at: usize) {
         self.hear(at);
         self.vanished += 1;
+        self.leave(at);
+        let client = self.actors[at].client;
+        if !self.cluster.is_closed(client) {
+            self.cluster.vanish(client);
+        }
+    }
+
+    /// A client hears nothing more: what it has asked was done or not.
+    pub(super) fn leave(&mut self, at: usize) {
         let actor = &mut self.actors[at];
         actor.gone = true;
-        let (client, asked) = (actor.client, actor.leave(&self.common));
+        let asked = actor.leave(&self.common);
         for asked in asked {
             self.note(&asked, (u64::MAX, u64::MAX));
             for (call, op) in asked.calls.into_iter().zip(asked.ops) {
@@ -453,25 +481,22 @@ impl Simulation {
                 self.history[call].may_be_refused |= asked.may_be_refused;
             }
         }
-        if !self.cluster.is_closed(client) {
-            self.cluster.vanish(client);
-        }
     }
 
-    fn is_done(&self) -> bool {
+    pub(super) fn is_done(&self) -> bool {
         self.actors.iter().all(Actor::is_done)
     }
 
-    fn is_quiet(&self) -> bool {
+    pub(super) fn is_quiet(&self) -> bool {
         self.cluster.is_empty() && self.cluster.engines.iter().all(Engine::is_quiet)
     }
 
-    fn is_deserted(&self) -> bool {
+    pub(super) fn is_deserted(&self) -> bool {
         self.cluster.engines.iter().all(|engine| engine.connections() == 0)
     }
 
     /// Lets things happen until `done`; `None` when they do not come to it.
-    fn until(&mut self, act: fn(&mut Self), done: fn(&Self) -> bool) -> Option<()> {
+    pub(super) fn until(&mut self, act: fn(&mut Self), done: impl Fn(&Self) -> bool) -> Option<()> {
         self.idle_steps = 0;
         while self.idle_steps < STEPS_MAX {
             if done(self) {
@@ -483,7 +508,7 @@ impl Simulation {
         None
     }
 
-    fn finish_sending(&mut self) {
+    pub(super) fn finish_sending(&mut self) {
         for at in 0..self.actors.len() {
             if !self.actors[at].gone && !self.actors[at].outbox.is_empty() {
                 self.send(at);
@@ -578,18 +603,30 @@ impl Simulation {
         None
     }
 
-    fn unanswered(&self) -> String {
+    pub(super) fn unanswered(&self) -> String {
         let mut text = "these are not answered:\n".to_owned();
         for call in self.history.iter().filter(|call| !call.answered()) {
-            if !self.actors[call.client].gone {
+            if self.actors.get(call.client).is_some_and(|actor| !actor.gone) {
                 let _ = writeln!(text, "    {call}");
             }
         }
         text
     }
 
+    /// Forgets a client that asked for nothing that matters.
+    pub(super) fn leave_nothing(&mut self, at: usize) {
+        self.actors[at].gone = true;
+        self.history.clear();
+    }
+
+    /// A core has a turn; nobody hears of it.
+    pub(super) fn turn_of_files(&mut self) {
+        self.step += 1;
+        self.cluster.turn_of_files();
+    }
+
     /// Flushes that came by themselves, as calls of nobody.
-    fn flushes_by_time(&self, history: &[Call]) -> Vec<Call> {
+    pub(super) fn flushes_by_time(&self, history: &[Call], they_come: bool) -> Vec<Call> {
         let immediate = history.iter().filter(|call| call.op.flushes());
         let all: Vec<(u64, u64)> = immediate
             .map(|call| (call.invoked, call.responded))
@@ -606,7 +643,7 @@ impl Simulation {
                 .iter()
                 .filter(|(_, responded)| *responded >= later.invoked.0)
                 .count();
-            let must = later.responded.0 != u64::MAX && others == 1;
+            let must = they_come && later.responded.0 != u64::MAX && others == 1;
             let end = *self.clock.last().expect("it has a beginning");
             calls.push(Call {
                 // Of nobody's session.
@@ -672,7 +709,7 @@ pub fn run(seed: u64, mutation: Option<Mutation>) -> Ran {
     history.retain(|call| call.invoked != u64::MAX);
     // A read that was not answered says nothing.
     history.retain(|call| call.answered() || !call.op.only_reads());
-    history.extend(simulation.flushes_by_time(&history));
+    history.extend(simulation.flushes_by_time(&history, true));
     let counted = simulation.counted(&history);
     let verdict = wrong.unwrap_or_else(|| match checker::check(&history) {
         Checked::Serializable => Verdict::Good,

@@ -59,19 +59,16 @@ pub const TOKEN_SEED: u64 = 7;
 
 /// `cores` engines with the options of a command line, and the memory limit they share.
 pub fn engines(cores: u16, options: &[&str]) -> (Vec<Engine>, Arc<Pool>) {
+    engines_at(cores, options, UnixMillis(BEGAN_MS))
+}
+
+/// The same, of a server that starts at another moment.
+pub fn engines_at(cores: u16, options: &[&str], now: UnixMillis) -> (Vec<Engine>, Arc<Pool>) {
     let config = Config::parse_from(std::iter::once(&"memkv-tpc").chain(options));
     let table = Arc::new(RangeTable::even(TOKEN_SEED, config.shards.unwrap_or(cores), cores));
     let pool = Pool::new(config.limits.max_memory.map_or(1 << 30, |limit| limit.0));
     let config = Arc::new(config);
-    let engine = |core| {
-        Engine::new(
-            CoreId(core),
-            table.clone(),
-            pool.clone(),
-            config.clone(),
-            UnixMillis(BEGAN_MS),
-        )
-    };
+    let engine = |core| Engine::new(CoreId(core), table.clone(), pool.clone(), config.clone(), now);
     ((0..cores).map(engine).collect(), pool.clone())
 }
 
