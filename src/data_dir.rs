@@ -212,6 +212,7 @@ impl DataDir {
         for (generation, resolution) in manifest.generations.iter_mut().zip(self.past.resolutions()) {
             generation.resolution = Some(resolution);
         }
+        self.make_past_safe()?;
         let number = manifest.present + 1;
         let generation = Generation::begin(number, table, durability);
         self.remove_strays(&manifest, table.cores())?;
@@ -237,6 +238,29 @@ impl DataDir {
         manifest.write(&*self.disk, &self.names)?;
         *self.manifest.lock().unwrap_or_else(PoisonError::into_inner) = manifest;
         Ok(number)
+    }
+
+    /// Makes safe what was found and is going to be built upon. When only the process had ended, and not the machine, what it had written
+    /// and not made safe was found all the same, and a crash could still take it away.
+    fn make_past_safe(&self) -> Result<(), Problem> {
+        for folder in ["", "log", "images"] {
+            let safe = self.disk.sync_dir(folder);
+            safe.map_err(self.names.io("make safe the folder", folder))?;
+        }
+        let unresolved = self
+            .past
+            .generations
+            .iter()
+            .filter(|old| old.described.resolution.is_none());
+        // The segments before the last were made safe before it was begun.
+        for last in unresolved
+            .flat_map(|old| &old.logs)
+            .filter_map(|log| log.segments.last())
+        {
+            let safe = self.disk.open(&last.path).and_then(|file| file.sync());
+            safe.map_err(self.names.io("make safe", &last.path))?;
+        }
+        Ok(())
     }
 
     /// Removes what no manifest speaks of: left from a start, an image or a segment that was not finished.

@@ -210,6 +210,8 @@ pub(crate) struct Coordinator {
     scope: Scope,
     /// Writing cores keep what they wrote locked until all of it is durable.
     settles: bool,
+    /// The participants' last answers are to wait, also when they have nothing to execute: what their checks saw is to be safe.
+    waits: bool,
 }
 
 /// A command of a transaction, as its coordinator keeps it.
@@ -251,7 +253,15 @@ impl Coordinator {
             read_bytes_max,
             scope,
             settles,
+            waits: false,
         }
+    }
+
+    /// The same, of a request that asks for durability where nothing else waits for the disk. A check that does not hold is
+    /// told with the first answers, which do not wait: then there is to be a second one, of the epoch of the decision.
+    pub(crate) fn waiting(mut self, waits: bool) -> Self {
+        self.waits = waits;
+        self
     }
 
     /// The cores that write, of what was decided, when they are more than one: to find that out after a crash, each notes them.
@@ -383,7 +393,7 @@ impl Coordinator {
             _ => Role::Failure,
         };
         let acts = match self.scope {
-            Scope::Keys => self.order.iter().any(|ordered| ordered.role == role),
+            Scope::Keys => self.waits || self.order.iter().any(|ordered| ordered.role == role),
             Scope::Reads => false,
             Scope::Store => true,
         };

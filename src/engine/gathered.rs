@@ -173,7 +173,8 @@ impl Engine {
             writes: placed.wish.writes(),
         });
         let read_bytes_max = self.config.limits.response_bytes_max();
-        let coordinator = Coordinator::new(txn, order.collect(), costs, scope, read_bytes_max, self.gates());
+        let coordinator = Coordinator::new(txn, order.collect(), costs, scope, read_bytes_max, self.gates())
+            .waiting(shape.is_durable() && !self.gates());
         let forwarded = costs.iter().any(|(core, _)| *core != self.core.0);
         let gather = Gather::new(shape, Gathered::Txn(coordinator));
         let number = session.expect_gathered(class, forwarded, gather);

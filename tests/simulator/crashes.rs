@@ -102,7 +102,12 @@ impl Lives {
         if random.chance(30) {
             surroundings.options.push("--snapshot-interval=300ms".to_owned());
         }
-        let durability = random.pick(&[Durability::Always, Durability::Always, Durability::Interval, Durability::None]);
+        let durability = random.pick(&[
+            Durability::Always,
+            Durability::Always,
+            Durability::Interval,
+            Durability::None,
+        ]);
         let options = Options {
             durability,
             sync_interval_ms: random.pick(&[20, 100, 1000]),
@@ -302,7 +307,9 @@ impl Lives {
     /// One life, from the first request to its end.
     fn live(&mut self) -> Result<(), Verdict> {
         self.connect_clients();
-        let mut ending = self.random.pick(&[Ending::Crash, Ending::Crash, Ending::Kill, Ending::Stop]);
+        let mut ending = self
+            .random
+            .pick(&[Ending::Crash, Ending::Crash, Ending::Kill, Ending::Stop]);
         let mut plan = Plan::default();
         if self.bug.is_none() && !self.fails && self.random.chance(25) {
             plan = self.bad_disk();
@@ -344,7 +351,15 @@ impl Lives {
         self.meet("stopped_in_order", u64::from(in_order));
         self.meet("machines_stopped", u64::from(self.disk.has_stopped()));
         self.count();
-        let failures = self.simulation.cluster.files.as_mut().map(|files| take(&mut files.failures));
+        let mut failures = self
+            .simulation
+            .cluster
+            .files
+            .as_mut()
+            .map(|files| take(&mut files.failures));
+        for failures in failures.iter_mut() {
+            failures.truncate(5);
+        }
         for failure in failures.into_iter().flatten() {
             self.tell(format_args!("{failure}"));
         }
@@ -353,7 +368,11 @@ impl Lives {
             && (ending == Ending::Kill || in_order && self.random.chance(50));
         self.tell(format_args!(
             "{ending:?} with {plan:?}, {}, {kept:?}",
-            if machine_goes_on { "the machine goes on" } else { "the machine stops" }
+            if machine_goes_on {
+                "the machine goes on"
+            } else {
+                "the machine stops"
+            }
         ));
         self.meet(if machine_goes_on { "kills" } else { "crashes" }, 1);
         self.end_life(kept);
@@ -399,11 +418,19 @@ impl Lives {
             }
         }
         self.simulation.cluster.close_all();
-        let quiet = |simulation: &Simulation| {
-            simulation.is_quiet() && simulation.is_deserted() || has_stopped(simulation)
-        };
+        let quiet =
+            |simulation: &Simulation| simulation.is_quiet() && simulation.is_deserted() || has_stopped(simulation);
         if self.simulation.until(Simulation::turn, quiet).is_none() {
-            return Err(Verdict::Stuck("the cores do not come to rest without clients".to_owned()));
+            let mut text = "the cores do not come to rest without clients:".to_owned();
+            for (core, engine) in self.simulation.cluster.engines.iter().enumerate() {
+                let (quiet, connections, log) = (engine.is_quiet(), engine.connections(), engine.is_log_quiet());
+                let _ = write!(
+                    text,
+                    " core {core}: quiet {quiet}, its log {log}, {connections} connections;"
+                );
+            }
+            let _ = write!(text, "\n{}", self.simulation.unanswered());
+            return Err(Verdict::Stuck(text));
         }
         if self.disk.has_stopped() {
             return Ok(false);
@@ -495,7 +522,11 @@ impl Lives {
 }
 
 fn has_stopped(simulation: &Simulation) -> bool {
-    simulation.cluster.files.as_ref().is_some_and(|files| files.disk.has_stopped())
+    simulation
+        .cluster
+        .files
+        .as_ref()
+        .is_some_and(|files| files.disk.has_stopped())
 }
 
 fn plan_fails(plan: &Plan) -> bool {

@@ -348,6 +348,8 @@ impl Simulation {
                     call.client = NOBODY * NOBODY + number;
                     continue;
                 }
+                // Nothing was done that could be safe.
+                call.durable &= said != Said::Refused;
                 if asked.invoked.is_none() {
                     assert_eq!(said, Said::Refused, "an answer came before its question");
                     (call.invoked, call.invoked_ms) = now;
