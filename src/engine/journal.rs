@@ -351,6 +351,10 @@ impl Engine {
         };
         self.metrics.counters.held_replies += 1;
         held.add(link, told, |to| self.links[link].hold_reply(start, to));
+        if journal.failed.is_some() {
+            // A part that had been prepared before. It is executed, as it is elsewhere, and nobody is shown what will be lost.
+            self.lose_what_waits();
+        }
     }
 
     /// The same for the answer of a transaction's part, which may tell of anything.
@@ -541,13 +545,21 @@ impl Engine {
         self.shards.refuse_writes(true);
         let Some(journal) = &mut self.journal else { return };
         journal.writing = None;
+        journal.failed.get_or_insert(why);
+        journal.progress[usize::from(self.core.0)].failed = true;
+        self.lose_what_waits();
+        self.tell_progress();
+        self.see_whether_full();
+    }
+
+    /// What is not safe never will be: who waits for it is told so, and so is who asks for it later.
+    fn lose_what_waits(&mut self) {
+        let Some(journal) = &mut self.journal else { return };
         let groups = [
             std::mem::take(&mut journal.under_way),
             std::mem::take(&mut journal.filling),
         ];
         let waiting = std::mem::take(&mut journal.waiting);
-        journal.failed.get_or_insert(why);
-        journal.progress[usize::from(self.core.0)].failed = true;
         for group in groups {
             if let Some(journal) = &mut self.journal {
                 journal.lost.emptied |= group.emptied;
@@ -558,8 +570,6 @@ impl Engine {
         for (_, held) in waiting {
             self.release(held, false);
         }
-        self.tell_progress();
-        self.see_whether_full();
     }
 
     /// Why the log of this core, or of another one that has said so, cannot be written any more.
