@@ -15,7 +15,8 @@ mod support;
 use memkv::engine::Engine;
 use memkv::partition::RangeTable;
 use memkv::protocol::Protocol;
-use simulator::crashes;
+use simulator::crashes::{self, Bug};
+use simulator::files::Fault;
 use simulator::mutation::Mutation;
 use simulator::run::{Counted, Ran, Verdict, run};
 use std::collections::BTreeMap;
@@ -303,4 +304,58 @@ fn catches_a_commit_without_its_checks() {
 #[test]
 fn catches_requests_out_of_order() {
     catches(Mutation::SwapRequests, by_its_history);
+}
+
+/// Runs seeds with crashes and a bug in them until one is caught: its clients see what cannot be, or the server does not start
+/// again. What else the bug does is no matter.
+fn crashes_catch(bug: Bug) {
+    for seed in 1..=SEEDS {
+        let ran = catch_unwind(AssertUnwindSafe(|| crashes::run(seed, Some(bug))));
+        let Ok(ran) = ran else { continue };
+        if matches!(ran.verdict, Verdict::NotSerializable(_) | Verdict::NotRecovered(_)) {
+            println!("{bug:?}: caught with seed {seed}");
+            println!("{}", complain(&ran.story, &ran.verdict).unwrap_or_default());
+            return;
+        }
+    }
+    panic!("{bug:?} was not caught with {SEEDS} seeds");
+}
+
+#[test]
+fn crashes_catch_nothing_without_a_bug() {
+    for seed in 1..=SEEDS {
+        let ran = crashes::run(seed, Some(Bug::Nothing));
+        let complaint = complain(&ran.story, &ran.verdict);
+        assert!(complaint.is_none(), "{}", complaint.unwrap_or_default());
+    }
+}
+
+#[test]
+fn crashes_catch_a_sync_that_is_only_claimed() {
+    crashes_catch(Bug::OfFiles(Fault::ClaimSync));
+}
+
+#[test]
+fn crashes_catch_a_reply_before_its_write() {
+    crashes_catch(Bug::OfFiles(Fault::ReplyEarly));
+}
+
+#[test]
+fn crashes_catch_a_lost_part() {
+    crashes_catch(Bug::OfFiles(Fault::LosePart));
+}
+
+#[test]
+fn crashes_catch_logs_that_are_not_cut_together() {
+    crashes_catch(Bug::OfFiles(Fault::IgnoreClosed));
+}
+
+#[test]
+fn crashes_catch_an_image_adopted_early() {
+    crashes_catch(Bug::OfFiles(Fault::AdoptEarly));
+}
+
+#[test]
+fn crashes_catch_a_lock_released_before_all_is_safe() {
+    crashes_catch(Bug::OfMesh(Mutation::SettleEarly));
 }

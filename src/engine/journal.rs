@@ -379,9 +379,10 @@ impl Engine {
         shape.is_durable() || record.scope != Scope::Store && super::participant::hashes(record).any(is_lost)
     }
 
-    /// What a transaction wrote here is not known to be safe everywhere.
-    pub(super) fn distrust(&mut self, hashes: impl Iterator<Item = u64>) {
+    /// What a transaction wrote here is not known to be safe everywhere; `emptied`: it emptied the store.
+    pub(super) fn distrust(&mut self, emptied: bool, hashes: impl Iterator<Item = u64>) {
         if let Some(journal) = &mut self.journal {
+            journal.lost.emptied |= emptied;
             journal.lost.keys.extend(hashes);
         }
     }

@@ -403,7 +403,8 @@ impl Engine {
     fn settle_part(&mut self, part: &Part, decision: Decision) {
         if decision == Decision::Distrust {
             let request = Request::read(&mut Reader(&part.parked.record.flat));
-            self.distrust(hashes(&PartRecord::read(&request)));
+            let record = PartRecord::read(&request);
+            self.distrust(record.scope == Scope::Store, hashes(&record));
         }
         self.unlock(part);
         self.shards.budget.release_when_measured(part.parked.charged_bytes);

@@ -23,6 +23,8 @@ pub enum Mutation {
     FeignDecision,
     /// A transaction of the JSON-line protocol is committed though what it read has changed.
     CommitUnchecked,
+    /// A participant unlocks as soon as it has written, and not when what all have written is safe.
+    SettleEarly,
     /// Two requests of one connection to the same core change places.
     SwapRequests,
 }
@@ -51,6 +53,7 @@ const AGAIN: u8 = 0;
 const RELEASE: u8 = 1;
 const SUCCESS: u8 = 2;
 const FAILURE: u8 = 3;
+const SETTLE: u8 = 4;
 
 const ROLE_CHECK: u8 = 0;
 const ROLE_SUCCESS: u8 = 1;
@@ -299,7 +302,10 @@ impl Mutator {
         if matches!(scope_or_decision, RELEASE | SUCCESS | FAILURE) {
             self.parts.remove(&of);
         }
+        let settles = self.mutation == Mutation::SettleEarly && matches!(scope_or_decision, SUCCESS | FAILURE);
+        let early = settles.then(|| decision(&record, SETTLE));
         passed.push(record);
+        passed.extend(early);
     }
 
     /// Of the parts that say in these replies that they are ready to write: what makes their cores unlock and forget them.
