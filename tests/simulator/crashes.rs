@@ -11,6 +11,7 @@ use super::model::Call;
 use super::mutation::{Mutation, Mutator};
 use super::random::Random;
 use super::run::{Simulation, Verdict, keys, surroundings};
+use memkv::disk::Disk;
 use memkv::protocol::Protocol;
 use memkv::wal::Durability;
 use std::collections::BTreeMap;
@@ -108,7 +109,7 @@ impl Lives {
             Durability::Interval,
             Durability::None,
         ]);
-        let options = Options {
+        let mut options = Options {
             durability,
             sync_interval_ms: random.pick(&[20, 100, 1000]),
             segment_bytes: random.pick(&[16, 24, 64]) << 10,
@@ -122,14 +123,22 @@ impl Lives {
                 _ => None,
             },
         };
-        let habits = habits(&mut random, tame, limited);
+        let mut habits = habits(&mut random, tame, limited);
+        if let Some(Bug::OfMesh(_)) = bug {
+            // It only shows where one core is long done and another is not, and somebody looks just then.
+            options.durability = Durability::Always;
+            (options.pace.delay_turns, options.pace.slow_percent) = (20, 50);
+            (habits.several_percent, habits.reads_percent, habits.keys_max) = (60, 60, 2);
+            (habits.flush_percent, habits.condition_percent) = (0, 10);
+        }
         let common = Common::new(keys(&mut random), habits, random.fork());
         let cluster = Cluster::new(surroundings, random.fork(), None);
         let mut simulation = Simulation::of(cluster, common, random.fork());
         simulation.tick_percent = random.pick(&[2, 5, 15]);
         Self {
             story: format!(
-                "seed {seed}: {durability:?}, {}, synced every {} ms, segments of {} bytes, {:?}\n",
+                "seed {seed}: {:?}, {}, synced every {} ms, segments of {} bytes, {:?}\n",
+                options.durability,
                 simulation.cluster.surroundings().options.join(" "),
                 options.sync_interval_ms,
                 options.segment_bytes,
@@ -310,6 +319,9 @@ impl Lives {
         let mut ending = self
             .random
             .pick(&[Ending::Crash, Ending::Crash, Ending::Kill, Ending::Stop]);
+        if let Some(Bug::OfMesh(_)) = self.bug {
+            ending = Ending::Crash;
+        }
         let mut plan = Plan::default();
         if self.bug.is_none() && !self.fails && self.random.chance(25) {
             plan = self.bad_disk();
@@ -458,13 +470,14 @@ impl Lives {
         for (name, count) in sums {
             *self.met.entry(name).or_default() += count;
         }
-        let files = |folder| {
-            use memkv::disk::Disk;
-            self.disk.list(folder).unwrap_or_default().len() as u64
-        };
-        let (logs, images) = (files("log"), files("images"));
-        self.meet("files_of_logs", logs);
-        self.meet("files_of_images", images);
+        let (logs, images) = [("log"), ("images")]
+            .map(|folder| self.disk.list(folder).unwrap_or_default())
+            .into();
+        let spares = logs.iter().filter(|name| name.starts_with("spare")).count();
+        let first = logs.iter().filter(|name| name.ends_with("-00000000.log")).count();
+        self.meet("spare_segments", spares as u64);
+        self.meet("later_segments", (logs.len() - spares - first) as u64);
+        self.meet("images", images.len() as u64);
     }
 
     /// All connections are broken, and what is not answered never will be.
