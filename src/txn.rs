@@ -578,6 +578,28 @@ mod tests {
         }
     }
 
+    /// A durable request whose check does not hold has a second answer, which can wait, though nothing is executed.
+    #[test]
+    fn what_a_failed_check_saw_can_wait() {
+        for (waits, next) in [
+            (false, Next::FinishAnd(Decision::Release)),
+            (true, Next::Ask(Decision::Failure)),
+        ] {
+            let order = [ordered(Role::Check, 0, false), ordered(Role::Success, 1, true)];
+            let txn = Coordinator::new(ID, order.into(), &[(0, 0), (1, 50)], Scope::Keys, 14, false);
+            let mut txn = txn.waiting(waits);
+            say(&mut txn, 0, Vote::Prepared, &[false], &[]);
+            say(&mut txn, 1, Vote::Prepared, &[], &[]);
+            assert_eq!(txn.next(), next);
+            if waits {
+                (0..2).for_each(|core| say(&mut txn, core, Vote::Done, &[], &[]));
+                assert_eq!(txn.next(), Next::Finish);
+            }
+            let results = txn.finish();
+            assert_eq!((results.end, results.checks), (TxnEnd::Failure, vec![false]));
+        }
+    }
+
     #[test]
     fn when_one_cannot_nothing_is_executed() {
         for (first, second, end) in [
