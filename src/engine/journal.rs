@@ -96,6 +96,10 @@ pub(super) struct Journal {
     /// A job of the log is under way, which closes this epoch.
     writing: Option<u64>,
     written_ms: u64,
+    handed_ns: u64,
+    /// With `always`: the next sync waits until so many replies wait for it, or until this moment.
+    company: usize,
+    company_until_ns: u64,
     synced_ms: u64,
     /// Something is written and not synced.
     is_unsynced: bool,
@@ -148,6 +152,9 @@ impl Journal {
             under_way: Group::default(),
             writing: None,
             written_ms: now_ms,
+            handed_ns: 0,
+            company: 0,
+            company_until_ns: 0,
             synced_ms: now_ms,
             is_unsynced: false,
             epoch_began_ms: now_ms,
@@ -184,9 +191,10 @@ impl Journal {
     }
 
     /// It is time to write what waits, or to make safe what was written.
-    fn is_due(&self, log: &Log, now_ms: u64) -> bool {
+    fn is_due(&self, log: &Log, now_ns: u64, now_ms: u64) -> bool {
         if self.durability == Durability::Always {
-            return log.has_news();
+            let is_company_there = self.filling.held.replies.len() >= self.company;
+            return log.has_news() && (is_company_there || now_ns >= self.company_until_ns);
         }
         let asks = self.asked > self.safe();
         log.bytes() >= WRITE_BYTES
@@ -441,7 +449,7 @@ impl Engine {
     fn log_job(&mut self) -> Option<Job> {
         let (journal, log) = (self.journal.as_mut()?, self.shards.log.as_mut()?);
         let now_ms = self.now.0;
-        if journal.failed.is_some() || journal.writing.is_some() || !journal.is_due(log, now_ms) {
+        if journal.failed.is_some() || journal.writing.is_some() || !journal.is_due(log, self.now_ns, now_ms) {
             return None;
         }
         let chunks = log.take(self.now);
@@ -455,6 +463,7 @@ impl Engine {
         journal.writing = Some(closed);
         journal.under_way = std::mem::take(&mut journal.filling);
         journal.written_ms = now_ms;
+        journal.handed_ns = self.now_ns;
         let counters = &mut self.metrics.counters;
         counters.log_writes += 1;
         counters.log_syncs += u64::from(sync);
@@ -515,6 +524,10 @@ impl Engine {
         let Some(closed) = journal.writing.take() else { return };
         journal.is_unsynced = !synced;
         let group = std::mem::take(&mut journal.under_way);
+        // Those who are answered now are likely to ask again at once. If the next sync waits for them as well, all share one: else two
+        // halves take turns, and each waits for the other's sync before its own. Half of what a sync takes is worth that.
+        journal.company = journal.filling.held.replies.len() + group.held.replies.len();
+        journal.company_until_ns = self.now_ns + self.now_ns.saturating_sub(journal.handed_ns) / 2;
         let own = usize::from(self.core.0);
         if synced {
             journal.synced_ms = self.now.0;
@@ -626,6 +639,10 @@ impl Engine {
         let (journal, log) = (self.journal.as_ref()?, self.shards.log.as_ref()?);
         if journal.failed.is_some() || journal.writing.is_some() {
             return None;
+        }
+        if self.gates {
+            let rest_ns = journal.company_until_ns.saturating_sub(self.now_ns).max(1000);
+            return log.has_news().then(|| Duration::from_nanos(rest_ns));
         }
         let until = |since_ms: u64, period_ms: u64| (since_ms + period_ms).saturating_sub(self.now.0).max(1);
         let write = log.has_news().then(|| until(journal.written_ms, WRITE_MS));
