@@ -3,6 +3,7 @@
 //! `--nocapture`.
 
 #![allow(clippy::unwrap_used, reason = "in a test, the assertion")]
+#![allow(clippy::print_stdout, reason = "the report")]
 
 use memkv::client::{Client, Options, Put};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,6 +1,6 @@
 //! The folder of a data directory, and the threads that wait for it.
 
-use super::StartError;
+use super::{StartError, host};
 use crate::disk::{Disk, File};
 use crate::keeper::Keeper;
 use crate::wal::{Done, Job};
@@ -276,12 +276,18 @@ pub(super) struct Filer {
 
 impl Filer {
     /// Starts it. The bell is rung when something was done.
-    pub(super) fn start(core: u16, keeper: Keeper, bell: Box<dyn Fn() + Send>) -> Result<Self> {
+    /// It may use all these CPUs: its core's own is busy.
+    pub(super) fn start(core: u16, keeper: Keeper, cpus: Vec<usize>, bell: Box<dyn Fn() + Send>) -> Result<Self> {
         let (jobs, to_do) = sync_channel(JOBS_MAX);
         // What was done needs no more room than what was to be done, and what `poll` did not take yet.
         let (tell, done) = sync_channel(2 * JOBS_MAX);
         let thread = std::thread::Builder::new().name(format!("files {core}"));
-        let thread = thread.spawn(move || work(keeper, &to_do, &tell, &*bell))?;
+        let thread = thread.spawn(move || {
+            if let Err(error) = host::run_on(&cpus) {
+                log::warn!("the thread for the files of core {core} stays where the core is: {error}");
+            }
+            work(keeper, &to_do, &tell, &*bell);
+        })?;
         Ok(Self {
             jobs: Some(jobs),
             done,
@@ -429,7 +435,7 @@ mod tests {
             .unwrap();
         let (bell, rung) = std::sync::mpsc::channel();
         let bell = Box::new(move || bell.send(()).unwrap());
-        let mut filer = Filer::start(0, dir.keeper(0).unwrap(), bell).unwrap();
+        let mut filer = Filer::start(0, dir.keeper(0).unwrap(), host::allowed_cpus().unwrap(), bell).unwrap();
         drop(dir);
         let mut log = Log::new(1);
         let mut submit = |filer: &mut Filer, key: &[u8], ends| {

@@ -30,6 +30,21 @@ pub(super) fn allowed_cpus() -> Result<Vec<usize>, StartError> {
         .collect())
 }
 
+/// Has this thread run on these CPUs, wherever the one that began it runs.
+pub(super) fn run_on(cpus: &[usize]) -> io::Result<()> {
+    // SAFETY: an all-zero set is valid, the numbers are below its size, and the kernel reads it within the size given.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        let fits = cpus.iter().filter(|cpu| **cpu < libc::CPU_SETSIZE as usize);
+        fits.for_each(|cpu| libc::CPU_SET(*cpu, &mut set));
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn limit(resource: libc::__rlimit_resource_t) -> libc::rlimit {
     let mut limit = libc::rlimit {
         rlim_cur: 0,

@@ -39,6 +39,8 @@ pub(super) struct Data {
     name: String,
     durability: Durability,
     sync_interval: Duration,
+    /// That the process may use.
+    cpus: Vec<usize>,
 }
 
 impl Data {
@@ -69,6 +71,7 @@ impl Data {
             name,
             durability: durability(config),
             sync_interval: config.sync_interval,
+            cpus: host::allowed_cpus()?,
         }))
     }
 
@@ -102,7 +105,7 @@ impl Data {
         let keeper = self.dir.keeper(core.0)?;
         let peers = peers.clone();
         let bell = Box::new(move || peers[usize::from(core.0)].ring());
-        let filer = Filer::start(core.0, keeper, bell)
+        let filer = Filer::start(core.0, keeper, self.cpus.clone(), bell)
             .map_err(|error| StartError(format!("no thread for the files of core {}: {error}", core.0)))?;
         engine.keep_log(self.durability, self.sync_interval);
         let table = self.table.as_ref().ok_or_else(|| StartError("no shards".to_owned()))?;
