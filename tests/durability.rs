@@ -852,7 +852,7 @@ fn directories_that_do_not_fit() {
     let file = folder.path().join("file");
     std::fs::write(&file, "not a folder").unwrap();
     for (path, words) in [
-        (file.clone(), "data directory"),
+        (file.clone(), "is not a directory"),
         (file.join("below"), "name a directory"),
     ] {
         let error = start_error(Config {

@@ -27,6 +27,8 @@ use std::time::Duration;
 /// Where not every write waits for the disk, so many bytes are written at once, or what has come in so many milliseconds.
 const WRITE_BYTES: usize = 256 << 10;
 const WRITE_MS: u64 = 10;
+/// A sync waits no longer than this for the company of others.
+const COMPANY_NS_MAX: u64 = 200_000;
 /// How often an epoch ends while there is something to log, when nobody waits for it: after a crash of the process what came later
 /// than the last end is lost.
 const EPOCH_MS: u64 = 100;
@@ -525,9 +527,11 @@ impl Engine {
         journal.is_unsynced = !synced;
         let group = std::mem::take(&mut journal.under_way);
         // Those who are answered now are likely to ask again at once. If the next sync waits for them as well, all share one: else two
-        // halves take turns, and each waits for the other's sync before its own. Half of what a sync takes is worth that.
+        // halves take turns, and each waits for the other's sync before its own. Half of what a sync takes is worth that, if the
+        // disk was not held up.
         journal.company = journal.filling.held.replies.len() + group.held.replies.len();
-        journal.company_until_ns = self.now_ns + self.now_ns.saturating_sub(journal.handed_ns) / 2;
+        let sync_ns = self.now_ns.saturating_sub(journal.handed_ns);
+        journal.company_until_ns = self.now_ns + (sync_ns / 2).min(COMPANY_NS_MAX);
         let own = usize::from(self.core.0);
         if synced {
             journal.synced_ms = self.now.0;
