@@ -756,6 +756,16 @@ def all_of_it(server, value):
     return False
 
 
+def is_ended(connection, answer):
+    """Asks something in a transaction that was refused. While memory is very short, the line that was refused may have ended its
+    connection, half-sent: then nobody is there to be asked."""
+    try:
+        connection.expect("GET small", answer)
+    except ConnectionError:
+        return True
+    return False
+
+
 @on_cores(1, 2)
 def test_json_line_no_memory(cores):
     """Transactions that stay open are charged, and given back."""
@@ -778,8 +788,8 @@ def test_json_line_no_memory(cores):
                 refused = [answer for _, answer in full if answer != OK]
                 equal(len(refused) >= 10, True, f"{len(refused)} of 20 transactions of 10 MB with 96 MiB were refused")
                 for connection, answer in full:
-                    if answer != OK:
-                        connection.expect("GET small", answer)
+                    if answer != OK and is_ended(connection, answer):
+                        continue
                     if way == "commit":
                         done = connection.say("COMMIT")
                         equal(done == OK, done == OK and answer == OK, f"{answer} and {done}")
