@@ -217,7 +217,7 @@ def test_memory_by_kind_is_all_there_is():
             mc.set(f"large-{n}", b"x" * 500_000)
         scraped = scrape(server)
         kinds = {dict(labels)["kind"] for labels in scraped.samples["memkv_memory_bytes"]}
-        equal(kinds, {"items", "index", "order", "lingering", "connections", "transit", "other"})
+        equal(kinds, {"items", "index", "order", "images", "lingering", "connections", "transit", "other"})
         equal(scraped.sum("memkv_memory_bytes", kind="items") >= 20 * 500_000, True)
         other = scraped.sum("memkv_memory_bytes", kind="other")
         equal(scraped.sum("memkv_memory_bytes") - other, scraped.sum("memkv_memory_charged_bytes"))
