@@ -58,6 +58,21 @@ pub trait File: Send {
     /// Reads from an offset on; returns how many bytes there were, 0 at the end.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize>;
 
+    /// The first bytes, so many at the most.
+    fn read_front(&self, bytes_max: usize) -> Result<Vec<u8>> {
+        let length = self.len()?.min(bytes_max as u64);
+        let mut front = vec![0; length as usize];
+        let mut filled = 0;
+        while filled < front.len() {
+            match self.read_at(filled as u64, &mut front[filled..])? {
+                0 => break,
+                count => filled += count,
+            }
+        }
+        front.truncate(filled);
+        Ok(front)
+    }
+
     /// Writes all of the bytes at an offset.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 

@@ -7,7 +7,6 @@
 
 mod allocator;
 mod calls;
-#[cfg_attr(not(test), allow(dead_code, reason = "the engine does not log yet"))]
 mod disk;
 mod gateway;
 mod grpc;

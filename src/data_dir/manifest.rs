@@ -13,7 +13,7 @@ pub(super) const PATH: &str = "MANIFEST";
 const NEW_PATH: &str = "MANIFEST.new";
 
 /// A manifest is not longer than this, whatever the file says.
-const BYTES_MAX: u64 = 64 << 20;
+const BYTES_MAX: usize = 64 << 20;
 
 /// What the first lines of a manifest tell people.
 const INTRODUCTION: &str =
@@ -270,20 +270,8 @@ pub(super) fn read(disk: &dyn Disk, names: &Names) -> Result<Option<Manifest>, P
     if !there.iter().any(|name| name == PATH) {
         return Ok(None);
     }
-    let read = || {
-        let file = disk.open(PATH)?;
-        let mut bytes = vec![0; file.len()?.min(BYTES_MAX) as usize];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            match file.read_at(filled as u64, &mut bytes[filled..])? {
-                0 => break,
-                count => filled += count,
-            }
-        }
-        bytes.truncate(filled);
-        Ok(bytes)
-    };
-    let bytes = read().map_err(names.io("read", PATH))?;
+    let bytes = disk.open(PATH).and_then(|file| file.read_front(BYTES_MAX));
+    let bytes = bytes.map_err(names.io("read", PATH))?;
     let manifest = parse(&String::from_utf8_lossy(&bytes));
     let manifest = manifest.map_err(|(cause, remedy)| names.problem(PATH, None, cause, remedy))?;
     let generations = manifest.generations.iter();

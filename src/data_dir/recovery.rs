@@ -6,7 +6,7 @@
 
 use super::manifest::{Generation, Manifest, Number, Resolution};
 use super::{Names, Problem, SALVAGE};
-use crate::disk::{BLOCK_BYTES, Disk, File};
+use crate::disk::{BLOCK_BYTES, Disk};
 use crate::effect::{self, Effect};
 use crate::frame::{self, Bad, Found, Frame, ImageHead, ImageName, Pieces, Reader, Seal, SegmentHead, SegmentName};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -82,19 +82,6 @@ pub(super) struct Ended {
     pub(super) closed: Option<u64>,
     /// Something that had been safe is missing behind it.
     pub(super) damaged: bool,
-}
-
-pub(super) fn read_block(file: &dyn File) -> std::io::Result<Vec<u8>> {
-    let mut block = vec![0; BLOCK_BYTES];
-    let mut filled = 0;
-    while filled < block.len() {
-        match file.read_at(filled as u64, &mut block[filled..])? {
-            0 => break,
-            count => filled += count,
-        }
-    }
-    block.truncate(filled);
-    Ok(block)
 }
 
 impl Past {
@@ -311,7 +298,7 @@ impl<'a> Search<'a> {
         let path = name.path();
         let read = || {
             let file = self.disk.open(&path)?;
-            Ok((read_block(&*file)?, file.len()?))
+            Ok((file.read_front(BLOCK_BYTES)?, file.len()?))
         };
         let (block, bytes) = read().map_err(self.names.io("read", &path))?;
         let head = SegmentHead::read(&block);
@@ -654,7 +641,7 @@ impl ImageReader {
     ) -> Result<ImageHead, Problem> {
         let io = names.io("read", &self.path);
         let file = disk.open(&self.path).map_err(&io)?;
-        let block = read_block(&*file).map_err(&io)?;
+        let block = file.read_front(BLOCK_BYTES).map_err(&io)?;
         let head = ImageHead::read(&block).map_err(|bad| names.damage(&self.path, 0, bad.to_string()))?;
         let name = ImageName {
             shard: head.shard,

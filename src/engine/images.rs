@@ -232,9 +232,15 @@ impl Images {
     /// A job has failed: the round ends here.
     pub(super) fn failed(&mut self) {
         self.under_way -= 1;
+        self.give_up();
+        self.has_failed = true;
+    }
+
+    /// No epoch will be safe any more: what is under way never takes its place, and there is nothing to wait for.
+    pub(super) fn give_up(&mut self) {
+        self.has_failed |= !self.is_idle();
         self.current = None;
         self.queue.clear();
-        self.has_failed = true;
     }
 
     /// There is a piece to do in a millisecond.
@@ -280,10 +286,10 @@ impl Engine {
     /// Begins a snapshot when the log has become long, or when it is time.
     pub(super) fn snapshot_when_due(&mut self) {
         let (position, now_ms) = (self.log_position(), self.now.0);
-        let Some(images) = &mut self.images else { return };
-        if !images.is_idle() {
+        if self.images.as_ref().is_none_or(|images| !images.is_idle()) || self.log_failure().is_some() {
             return;
         }
+        let Some(images) = &mut self.images else { return };
         let written = position - images.round_position;
         let bytes_max = self.config.snapshot_log_bytes.0 / u64::from(self.table.cores());
         let period_ms = self.config.snapshot_interval.as_millis() as u64;

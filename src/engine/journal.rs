@@ -513,6 +513,7 @@ impl Engine {
                     images.failed();
                 }
                 self.shards.drop_images(self.now);
+                self.see_whether_full();
             }
         }
         self.settle();
@@ -567,6 +568,15 @@ impl Engine {
         journal.progress[usize::from(self.core.0)].failed = true;
         self.lose_what_waits();
         self.tell_progress();
+        self.give_up_images();
+    }
+
+    /// A log has failed, here or elsewhere: no image can be adopted any more.
+    fn give_up_images(&mut self) {
+        if let Some(images) = &mut self.images {
+            images.give_up();
+        }
+        self.shards.drop_images(self.now);
         self.see_whether_full();
     }
 
@@ -720,22 +730,25 @@ impl Engine {
         let Some(journal) = &mut self.journal else { return };
         journal.progress[link] = theirs;
         journal.asked = journal.asked.max(theirs.asked);
-        if theirs.failed && !self.gates {
-            // What this one logs from now on could not be brought back: no later epoch will be safe.
-            self.shards.refuse_writes(true);
-            let why = format!("the log of core {link} cannot be written");
-            if journal.failed.is_none() {
-                journal.failed = Some(why);
-                let waiting = std::mem::take(&mut journal.waiting);
-                for (_, held) in waiting {
-                    self.release(held, false);
-                }
+        if theirs.failed {
+            self.give_up_images();
+            if !self.gates {
+                return self.give_up_log(link);
             }
-            return;
         }
         self.begin_epoch(theirs.epoch);
         self.close_epochs();
         self.release_safe();
+    }
+
+    /// Another core's log has failed, and epochs are what is brought back: what this one logs from now on could not be.
+    fn give_up_log(&mut self, failed: usize) {
+        self.shards.refuse_writes(true);
+        if let Some(journal) = &mut self.journal {
+            let why = || format!("the log of core {failed} cannot be written");
+            journal.failed.get_or_insert_with(why);
+            self.lose_what_waits();
+        }
     }
 
     /// Notes which epochs no core decides anything in any more.
