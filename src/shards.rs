@@ -155,14 +155,21 @@ impl Shards {
         counters: &mut Counters,
     ) -> Reply<'_> {
         let place = self.place(shard);
-        let mut context = Context {
+        let (shards, mut context) = self.parts(now, counters);
+        shards[place].execute(hash, command, &mut context)
+    }
+
+    /// The shards, and what each of them needs to do anything.
+    #[inline(always)]
+    fn parts<'s: 'c, 'c>(&'s mut self, now: UnixMillis, counters: &'c mut Counters) -> (&'s mut [Shard], Context<'c>) {
+        let context = Context {
             now,
             budget: &mut self.budget,
             counters,
             value_bytes_max: self.value_bytes_max,
             log: self.log.as_mut(),
         };
-        self.shards[place].execute(hash, command, &mut context)
+        (&mut self.shards, context)
     }
 
     fn with<T>(
@@ -173,14 +180,8 @@ impl Shards {
         act: impl FnOnce(&mut Shard, &mut Context<'_>) -> T,
     ) -> T {
         let place = self.place(shard);
-        let mut context = Context {
-            now,
-            budget: &mut self.budget,
-            counters,
-            value_bytes_max: self.value_bytes_max,
-            log: self.log.as_mut(),
-        };
-        act(&mut self.shards[place], &mut context)
+        let (shards, mut context) = self.parts(now, counters);
+        act(&mut shards[place], &mut context)
     }
 
     /// Does again what was done to a key; false when there is no memory for it.
@@ -239,14 +240,8 @@ impl Shards {
 
     /// Does something with each shard in turn.
     fn each(&mut self, now: UnixMillis, counters: &mut Counters, mut act: impl FnMut(&mut Shard, &mut Context<'_>)) {
-        let mut context = Context {
-            now,
-            budget: &mut self.budget,
-            counters,
-            value_bytes_max: self.value_bytes_max,
-            log: self.log.as_mut(),
-        };
-        self.shards.iter_mut().for_each(|shard| act(shard, &mut context));
+        let (shards, mut context) = self.parts(now, counters);
+        shards.iter_mut().for_each(|shard| act(shard, &mut context));
     }
 
     /// Empties them.
@@ -300,36 +295,32 @@ impl Shards {
     fn work(&mut self, mut entries: usize, now: UnixMillis, counters: &mut Counters) {
         let mut busy = false;
         self.each(now, counters, |shard, context| busy |= shard.tick(context));
-        let count = self.shards.len();
-        let mut context = Context {
-            now,
-            budget: &mut self.budget,
-            counters,
-            value_bytes_max: self.value_bytes_max,
-            log: self.log.as_mut(),
-        };
+        let (evicts, cores, mut served) = (self.evicts, self.cores, self.served);
+        let (shards, mut context) = self.parts(now, counters);
+        let count = shards.len();
         for _ in 0..count {
-            let place = self.served % count;
-            if self.shards[place].is_due(now) {
-                let seen = self.shards[place].expire(&mut context, entries);
+            let place = served % count;
+            if shards[place].is_due(now) {
+                let seen = shards[place].expire(&mut context, entries);
                 entries = entries.saturating_sub(seen);
                 if entries == 0 {
                     busy = true;
                     break;
                 }
             }
-            self.served = place + 1;
+            served = place + 1;
         }
         for _ in 0..YIELDS_MAX {
-            if !self.evicts || !wants_room(context.budget, self.cores, context.value_bytes_max) {
+            if !evicts || !wants_room(context.budget, cores, context.value_bytes_max) {
                 break;
             }
-            self.served += 1;
-            if !self.shards[self.served % count].yield_memory(&mut context) {
+            served += 1;
+            if !shards[served % count].yield_memory(&mut context) {
                 break;
             }
             busy = true;
         }
+        self.served = served;
         self.busy = busy;
     }
 

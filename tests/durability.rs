@@ -14,6 +14,7 @@ use memkv::proto::{self, Code};
 use memkv::protocol::Protocol;
 use memkv::protocol::call::{self, Outcome};
 use memkv::runtime::Server;
+use memkv::wal::{Done, Durability};
 use prost::Message;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -954,6 +955,20 @@ fn a_log_that_fails() {
     }
     to.set("afterwards", "2").unwrap();
     server.stop();
+}
+
+/// A snapshot that is under way when the log fails can never be adopted: the core does not go on looking whether it can, and rests.
+#[test]
+fn nobody_waits_for_a_snapshot_when_the_log_has_failed() {
+    let (mut engines, _) = support::engines(1, &[]);
+    let engine = &mut engines[0];
+    engine.keep_log(Durability::Always, Duration::from_secs(1));
+    engine.begin_turn(1, engine.now());
+    assert!(engine.snapshot() && engine.has_background_work());
+    let why = "no room".to_owned();
+    engine.disk_done(Done::Failed { log: true, why });
+    assert!(!engine.has_background_work());
+    assert!(!engine.snapshot());
 }
 
 /// What the page is told of the log, and that it is told nothing of one that is not there.
