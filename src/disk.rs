@@ -82,4 +82,9 @@ pub trait File: Send {
 
     /// Returns when everything that was written, and the length, is safe.
     fn sync(&self) -> Result<()>;
+
+    /// The number by which the system knows the file, for who has another way to write to it.
+    fn descriptor(&self) -> Option<i32> {
+        None
+    }
 }

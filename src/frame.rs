@@ -1,21 +1,21 @@
 //! How effects lie in a file: headers and frames, written and checked.
 //!
-//! A segment of the log and an image of a shard are built alike: a block with a header, then *frames* one behind the other. A
-//! frame is a header of 72 bytes and a body of at most 1 MiB, under one checksum. `docs/format.md` has the tables.
+//! A segment of the log and an image of a shard are built alike: a block with a header, then *frames* one behind the other, or at
+//! the beginning of the next block. A frame is a header of 72 bytes and a body of at most 1 MiB, under one checksum. `docs/format.md` has the tables.
 //!
 //! Nothing here trusts a byte before its checksum is right, and nothing believes a length that the file does not have.
 
 mod head;
 mod names;
 
-pub use head::{Bad as BadHead, ImageHead, SegmentHead, VERSION};
+pub use head::{Bad as BadHead, ImageHead, SegmentHead};
 pub use names::{ImageName, SegmentName, spare_name, spare_parts};
 
-use crate::disk::File;
+use crate::disk::{BLOCK_BYTES, File};
 use crate::effect;
 
 /// Where the first frame is: behind the header's block.
-pub const FRAMES_AT: u64 = crate::disk::BLOCK_BYTES as u64;
+pub const FRAMES_AT: u64 = BLOCK_BYTES as u64;
 
 /// Bytes of a frame before its body.
 pub const HEAD_BYTES: usize = 72;
@@ -253,9 +253,25 @@ impl Reader {
         self.offset += bytes as u64;
     }
 
-    /// The next frame, or why there is none; then the reader stays where it is.
+    /// Leaves out the rest of a block, if it is zeros and the next one begins like a frame.
+    fn skip_rest(&mut self) -> std::io::Result<()> {
+        let rest = (self.offset.next_multiple_of(BLOCK_BYTES as u64) - self.offset) as usize;
+        if self.fill(rest + MAGIC.len())? {
+            let (rest, next) = self.buffer[self.start..self.end].split_at(rest);
+            if next.starts_with(&MAGIC) && rest.iter().all(|byte| *byte == 0) {
+                self.advance(rest.len());
+            }
+        }
+        Ok(())
+    }
+
+    /// The next frame, or why there is none; then the reader stays where it is, or where the next block begins.
     pub fn read(&mut self) -> std::io::Result<Result<Found<'_>, Bad>> {
         self.fill(HEAD_BYTES)?;
+        if self.start < self.end && self.buffer[self.start] == 0 {
+            self.skip_rest()?;
+            self.fill(HEAD_BYTES)?;
+        }
         let length = match peek(&self.buffer[self.start..self.end]) {
             Ok((_, length)) => length,
             Err(bad) => return Ok(Err(bad)),

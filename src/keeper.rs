@@ -2,22 +2,25 @@
 //!
 //! The log is a row of segments of a fixed size. Frames are collected in a buffer of blocks and written together; the last block is
 //! rarely full, so it is kept and written once more with what follows. A segment that is left behind is made safe before anything
-//! goes to the next one, so only the last segment can end in something torn.
+//! goes to the next one, so only the last segment can end in something torn. The [`Writer`] of the segment can be lent to somebody
+//! who has another way to write to it.
 //!
 //! A write or a sync of the log that failed is not tried again: what the file system then says about the same bytes is worth nothing.
 //! The log takes nothing more, and the next start finds what was safe.
 
 mod image;
-mod segment;
+mod segments;
+mod writer;
 
 use crate::disk::Disk;
-use crate::frame::Seal;
+use crate::frame::{Seal, SegmentName};
 use crate::wal::{Done, Job};
 use image::Images;
-use segment::Log;
+use segments::Segments;
 use std::sync::Arc;
 
-pub(crate) use segment::create_segment;
+pub(crate) use segments::create_segment;
+pub use writer::{Write, Writer};
 
 /// What is called when an image of this shard has taken its place.
 pub type Adopted = Box<dyn FnMut(u16) -> Result<(), String> + Send>;
@@ -47,10 +50,20 @@ impl Place {
     }
 }
 
+fn name(place: &Place, number: u64) -> SegmentName {
+    SegmentName {
+        generation: place.generation,
+        core: place.core,
+        number,
+    }
+}
+
 /// See the module's text.
 pub struct Keeper {
     place: Place,
-    log: Log,
+    segments: Segments,
+    /// Nothing while it is lent.
+    writer: Option<Box<Writer>>,
     images: Images,
     /// Why the log takes nothing more.
     log_failed: Option<String>,
@@ -68,7 +81,8 @@ impl Keeper {
     /// The keeper of a generation that begins: its first segment is there.
     pub(crate) fn new(place: Place, first: crate::frame::SegmentHead, adopted: Adopted) -> Result<Self, String> {
         Ok(Self {
-            log: Log::new(&place, first)?,
+            segments: Segments::new(&place, &first)?,
+            writer: Some(Box::new(Writer::new(place.clone(), first)?)),
             images: Images::default(),
             log_failed: None,
             adopted,
@@ -91,11 +105,18 @@ impl Keeper {
     }
 
     fn run_log(&mut self, chunks: Vec<crate::wal::Chunk>, sync: bool, ends: bool) -> Done {
-        let failed = match &self.log_failed {
-            Some(why) => Err(why.clone()),
-            None => self.log.append(&self.place, &chunks, sync, ends),
+        let written = match (&self.log_failed, &mut self.writer) {
+            (Some(why), _) => Err(why.clone()),
+            (None, None) => Err("the log is written elsewhere".to_owned()),
+            (None, Some(writer)) => {
+                let written = writer.append(&mut self.segments, &chunks, sync, ends);
+                if writer.needs_next() {
+                    self.segments.need_next();
+                }
+                written
+            }
         };
-        match failed {
+        match written {
             Ok(()) => Done::Logged {
                 buffers: chunks
                     .into_iter()
@@ -138,7 +159,7 @@ impl Keeper {
                 let (shard, bytes) = images.adopt(place)?;
                 (self.adopted)(shard)?;
                 if self.log_failed.is_none() {
-                    self.log.forget_before(place, log_needed_from)?;
+                    self.segments.forget_before(place, log_needed_from)?;
                 }
                 (vec![], bytes)
             }
@@ -148,7 +169,22 @@ impl Keeper {
 
     /// Prepares what will be needed, a piece of it; false when there is nothing left to prepare.
     pub fn idle(&mut self) -> bool {
-        self.log_failed.is_none() && self.log.prepare_spare(&self.place)
+        self.log_failed.is_none() && self.segments.prepare_spare(&self.place)
+    }
+
+    /// Lends the writer. A job of the log needs it back: [`Keeper::give_back`].
+    pub fn lend(&mut self) -> Option<Box<Writer>> {
+        self.writer.take()
+    }
+
+    /// Takes back what was lent.
+    pub fn give_back(&mut self, writer: Box<Writer>) {
+        self.writer = Some(writer);
+    }
+
+    /// Who has the writer says that the next segment will be needed soon: [`Writer::needs_next`].
+    pub fn need_next(&mut self) {
+        self.segments.need_next();
     }
 }
 

@@ -8,6 +8,7 @@
 mod allocator;
 mod calls;
 mod disk;
+mod filer;
 mod gateway;
 mod grpc;
 mod host;

@@ -20,7 +20,14 @@ use std::sync::Arc;
 /// Small, so that the files are.
 const SEGMENT: u64 = 16 << 10;
 
-const NAMES: [&str; 4] = ["v1-log", "v1-image-and-log", "v1-torn-tail", "v1-two-generations"];
+const NAMES: [&str; 6] = [
+    "v1-log",
+    "v1-image-and-log",
+    "v1-torn-tail",
+    "v1-two-generations",
+    "v2-side-by-side",
+    "v2-overtaken",
+];
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -182,6 +189,27 @@ impl Run {
         }
     }
 
+    /// Writes of which each is under way when the next is begun: they share no block. The first of them may be missing.
+    fn write_side_by_side(&mut self, skipped: usize) {
+        for (keeper, log) in self.keepers.iter_mut().zip(&mut self.logs) {
+            let mut writer = keeper.lend().unwrap();
+            let mut writes = vec![];
+            // The second fills a block to its last byte.
+            for (name, length) in [(b"side 1", 10), (b"side 2", 4010), (b"side 3", 0)] {
+                log.put(&plain(name, &vec![b's'; length]));
+                let chunks = log.take(UnixMillis(1_800_000_000_002));
+                let write = writer.begin(&chunks, false).unwrap();
+                if writes.len() >= skipped {
+                    writer.file().write_at(write.offset(), write.bytes()).unwrap();
+                }
+                writes.push(write);
+            }
+            writer.file().sync().unwrap();
+            writes.into_iter().for_each(|write| writer.end(write));
+            keeper.give_back(writer);
+        }
+    }
+
     /// One of everything that can be in a log.
     fn fill(&mut self) {
         for number in 0..12u8 {
@@ -311,8 +339,17 @@ fn make_missing() {
             }
             _ => {}
         }
-        run.fill();
-        run.parts();
+        if name == "v2-side-by-side" {
+            run.write_side_by_side(0);
+        }
+        if name == "v2-overtaken" {
+            // Not longer than a segment, so that what was overtaken is in the last one.
+            run.parts();
+            run.write_side_by_side(1);
+        } else {
+            run.fill();
+            run.parts();
+        }
         drop(run);
         if name == "v1-torn-tail" {
             tear(&folder);

@@ -461,6 +461,50 @@ fn durable_requests_survive_a_kill() {
     server.kill();
 }
 
+/// A server that is stopped in the middle of writes, while the disk is at some of them, has them all when it starts again,
+/// whatever the durability.
+#[test]
+fn a_stop_in_order_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut wrote = [0; 3];
+    for round in 0..12 {
+        let durability = [
+            DurabilityChoice::Interval,
+            DurabilityChoice::None,
+            DurabilityChoice::Always,
+        ][round % 3];
+        let server = start(folder.path(), 2, durability);
+        let address = server.address(Protocol::Protobuf).unwrap();
+        let writers: Vec<_> = (0..wrote.len())
+            .map(|writer| {
+                let from = wrote[writer];
+                std::thread::spawn(move || {
+                    let mut to = client_of(address);
+                    let numbers = from..;
+                    numbers
+                        .into_iter()
+                        .find(|number| to.set(format!("{writer} {number}"), "value").is_err())
+                })
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(150));
+        server.stop();
+        let before = wrote;
+        for (writer, thread) in writers.into_iter().enumerate() {
+            wrote[writer] = thread.join().unwrap().unwrap();
+        }
+        let server = start(folder.path(), 1 + round as u16 % 3, DurabilityChoice::None);
+        let mut to = client(&server);
+        for (writer, count) in wrote.into_iter().enumerate() {
+            let keys = (before[writer]..count).map(|number| format!("{writer} {number}"));
+            let missing = keys.filter(|key| to.get(key).unwrap().is_none()).count();
+            assert_eq!(missing, 0, "{durability:?} in round {round}: of {count}");
+        }
+        server.stop();
+    }
+    assert!(wrote.iter().all(|count| *count > 100), "{wrote:?}");
+}
+
 /// A server without a directory does nothing of what is to be durable, and says so in the words of the protocol.
 #[test]
 fn without_a_directory_nothing_is_durable() {

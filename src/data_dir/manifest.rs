@@ -3,7 +3,6 @@
 use super::{Names, Problem, SHARDS, Wanted};
 use crate::config::PartitionerChoice;
 use crate::disk::Disk;
-use crate::frame::VERSION;
 use crate::model::{CoreId, ShardId};
 use crate::partition::RangeTable;
 use crate::wal::Durability;
@@ -11,6 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub(super) const PATH: &str = "MANIFEST";
 const NEW_PATH: &str = "MANIFEST.new";
+
+/// The version of the format that is written, and the newest that is read.
+const VERSION: u16 = 1;
 
 /// A manifest is not longer than this, whatever the file says.
 const BYTES_MAX: usize = 64 << 20;

@@ -303,7 +303,7 @@ impl<'a> Search<'a> {
         let (block, bytes) = read().map_err(self.names.io("read", &path))?;
         let head = SegmentHead::read(&block);
         let head = head.map_err(|bad| match bad {
-            frame::BadHead::Version(_) => self.names.problem(&path, Some(0), bad.to_string(), ""),
+            frame::BadHead::Version(..) => self.names.problem(&path, Some(0), bad.to_string(), ""),
             _ => self.names.damage(&path, 0, bad.to_string()),
         })?;
         let run = described.runs.get(usize::from(name.core)).copied();
@@ -356,8 +356,11 @@ impl<'a> Search<'a> {
             let proof = if limit != u64::MAX {
                 Some("it had been safe".to_owned())
             } else {
-                let later = reader.search(|frame| here(frame) && frame.sequence > missing && frame.synced > missing);
-                let later = later.map_err(&io)?;
+                let proves = |frame: &Frame| here(frame) && frame.sequence > missing && frame.synced > missing;
+                let later = match bad {
+                    Stop::Other(frame) if proves(&frame) => Some((offset, frame)),
+                    _ => reader.search(proves).map_err(&io)?,
+                };
                 later.map(|(offset, frame)| {
                     format!("frame {} at offset {offset} says that it had been safe", frame.sequence)
                 })
@@ -470,14 +473,18 @@ impl<'a> Search<'a> {
 pub(super) enum Stop {
     Bad(Bad),
     /// It is a frame, but not the one.
-    Other(u64),
+    Other(Frame),
 }
 
 impl std::fmt::Display for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Stop::Bad(bad) => bad.fmt(f),
-            Stop::Other(sequence) => write!(f, "frame {sequence} of another place or time where it should be"),
+            Stop::Other(frame) => write!(
+                f,
+                "frame {} of another place or time where it should be",
+                frame.sequence
+            ),
         }
     }
 }
@@ -502,7 +509,7 @@ fn walk(
         };
         let Found { frame, body, .. } = found;
         if !is_next(&frame, head, *next) {
-            return Ok(Some((offset, Stop::Other(frame.sequence))));
+            return Ok(Some((offset, Stop::Other(frame))));
         }
         *next = (next.0 + 1, next.1 + body.len() as u64);
         if frame.flags & frame::MORE == 0 {
@@ -580,7 +587,7 @@ impl LogReader {
                 self.next = (self.next.0 + 1, self.next.1 + found.body.len() as u64);
                 return Ok(Some(found));
             }
-            Ok(other) => Stop::Other(other.frame.sequence),
+            Ok(other) => Stop::Other(other.frame),
             Err(bad) => Stop::Bad(bad),
         };
         let cause = format!("frame {} is damaged: {stop}; it had been safe", self.next.0);

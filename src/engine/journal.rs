@@ -29,6 +29,11 @@ const WRITE_BYTES: usize = 256 << 10;
 const WRITE_MS: u64 = 10;
 /// A sync waits no longer than this for the company of others.
 const COMPANY_NS_MAX: u64 = 200_000;
+/// With `always`, so many writes are under way at once, at most.
+const WRITES_MAX: usize = 2;
+/// So many replies are worth a sync of their own: fewer wait for others to share it. With fewer a core has more to do for its syncs
+/// than for its clients, and with more it waits for the disk: `docs/bench.md`, "Durability".
+const SHARED_REPLIES_MIN: usize = 24;
 /// How often an epoch ends while there is something to log, when nobody waits for it: after a crash of the process what came later
 /// than the last end is lost.
 const EPOCH_MS: u64 = 100;
@@ -57,7 +62,7 @@ struct Held {
     rope: Rope,
 }
 
-/// What one sync makes safe.
+/// What one write makes safe.
 #[derive(Debug, Default)]
 struct Group {
     /// The hashes of the keys that were written.
@@ -77,13 +82,23 @@ impl Group {
     }
 }
 
+/// What the disk is at.
+#[derive(Debug)]
+struct Writing {
+    group: Group,
+    /// It closes this epoch.
+    closed: u64,
+    /// When it was handed over.
+    since_ns: u64,
+}
+
 /// Where a reply waits.
 #[derive(Clone, Copy, Debug)]
 enum Waits {
     /// For what is filled now.
     Filling,
-    /// For what the disk is at.
-    UnderWay,
+    /// For this one of what the disk is at.
+    UnderWay(usize),
     /// For the end of this epoch everywhere.
     Epoch(u64),
 }
@@ -93,12 +108,11 @@ enum Waits {
 pub(super) struct Journal {
     durability: Durability,
     sync_interval_ms: u64,
+    shared_replies_min: usize,
     filling: Group,
-    under_way: Group,
-    /// A job of the log is under way, which closes this epoch.
-    writing: Option<u64>,
+    /// Jobs of the log that are under way, in order.
+    under_way: VecDeque<Writing>,
     written_ms: u64,
-    handed_ns: u64,
     /// With `always`: the next sync waits until so many replies wait for it, or until this moment.
     company: usize,
     company_until_ns: u64,
@@ -150,11 +164,10 @@ impl Journal {
         Self {
             durability,
             sync_interval_ms,
+            shared_replies_min: SHARED_REPLIES_MIN,
             filling: Group::default(),
-            under_way: Group::default(),
-            writing: None,
+            under_way: VecDeque::with_capacity(WRITES_MAX),
             written_ms: now_ms,
-            handed_ns: 0,
             company: 0,
             company_until_ns: 0,
             synced_ms: now_ms,
@@ -174,12 +187,17 @@ impl Journal {
     fn waits_for(&self, hash: Option<u64>, wrote: bool) -> Option<Waits> {
         let concerns = |group: &Group| hash.map_or(!group.is_empty(), |hash| group.concerns(hash));
         if wrote || concerns(&self.filling) {
-            Some(Waits::Filling)
-        } else if concerns(&self.under_way) {
-            Some(Waits::UnderWay)
-        } else {
-            None
+            return Some(Waits::Filling);
         }
+        let last = self.under_way.iter().rposition(|writing| concerns(&writing.group));
+        last.map(Waits::UnderWay)
+    }
+
+    /// This key has something that is not safe.
+    fn concerns(&self, hash: u64) -> bool {
+        let under_way = self.under_way.iter().map(|writing| &writing.group);
+        let mut groups = under_way.chain([&self.filling, &self.lost]);
+        groups.any(|group| group.concerns(hash))
     }
 
     /// Somebody waits for this epoch to be safe.
@@ -194,9 +212,14 @@ impl Journal {
 
     /// It is time to write what waits, or to make safe what was written.
     fn is_due(&self, log: &Log, now_ns: u64, now_ms: u64) -> bool {
-        if self.durability == Durability::Always {
-            let is_company_there = self.filling.held.replies.len() >= self.company;
-            return log.has_news() && (is_company_there || now_ns >= self.company_until_ns);
+        let replies = self.filling.held.replies.len();
+        match (self.durability, self.under_way.len()) {
+            (Durability::Always, 0) => {
+                return log.has_news() && (replies >= self.company || now_ns >= self.company_until_ns);
+            }
+            (Durability::Always, count) => return count < WRITES_MAX && replies >= self.shared_replies_min,
+            (_, 0) => {}
+            _ => return false,
         }
         let asks = self.asked > self.safe();
         log.bytes() >= WRITE_BYTES
@@ -225,6 +248,14 @@ impl Engine {
         self.images = Some(Box::new(Images::new(self.table.shards_of(self.core), self.now.0)));
     }
 
+    /// Has so many replies be worth a sync of their own, with `always`. For tests, which have fewer clients than a server.
+    #[doc(hidden)]
+    pub fn share_syncs_among(&mut self, replies: usize) {
+        if let Some(journal) = &mut self.journal {
+            journal.shared_replies_min = replies;
+        }
+    }
+
     /// Replies wait for the disk.
     #[inline]
     pub(super) fn gates(&self) -> bool {
@@ -246,10 +277,7 @@ impl Engine {
     /// The reply may have to wait for the disk: the request asks for that, may write, or reads what is not safe.
     #[cold]
     pub(super) fn may_wait(&self, shape: &Shape<'_>, hash: u64, command: &Command<'_>) -> bool {
-        let concerned = |journal: &Journal| {
-            let groups = [&journal.filling, &journal.under_way, &journal.lost];
-            groups.into_iter().any(|group| group.concerns(hash))
-        };
+        let concerned = |journal: &Journal| journal.concerns(hash);
         shape.is_durable() || !command.only_reads() || self.journal.as_deref().is_some_and(concerned)
     }
 
@@ -347,7 +375,7 @@ impl Engine {
         let held = match waits {
             None => return,
             Some(Waits::Filling) => &mut journal.filling.held,
-            Some(Waits::UnderWay) => &mut journal.under_way.held,
+            Some(Waits::UnderWay(at)) => &mut journal.under_way[at].group.held,
             Some(Waits::Epoch(epoch)) => {
                 journal.asked = journal.asked.max(epoch);
                 if journal.waiting.back().is_none_or(|(of, _)| *of < epoch) {
@@ -451,7 +479,7 @@ impl Engine {
     fn log_job(&mut self) -> Option<Job> {
         let (journal, log) = (self.journal.as_mut()?, self.shards.log.as_mut()?);
         let now_ms = self.now.0;
-        if journal.failed.is_some() || journal.writing.is_some() || !journal.is_due(log, self.now_ns, now_ms) {
+        if journal.failed.is_some() || !journal.is_due(log, self.now_ns, now_ms) {
             return None;
         }
         let chunks = log.take(self.now);
@@ -462,10 +490,12 @@ impl Engine {
             Durability::Interval => asks || now_ms.saturating_sub(journal.synced_ms) >= journal.sync_interval_ms,
             Durability::None => asks,
         };
-        journal.writing = Some(closed);
-        journal.under_way = std::mem::take(&mut journal.filling);
+        journal.under_way.push_back(Writing {
+            group: std::mem::take(&mut journal.filling),
+            closed,
+            since_ns: self.now_ns,
+        });
         journal.written_ms = now_ms;
-        journal.handed_ns = self.now_ns;
         let counters = &mut self.metrics.counters;
         counters.log_writes += 1;
         counters.log_syncs += u64::from(sync);
@@ -481,10 +511,14 @@ impl Engine {
     /// another job of the log is under way.
     pub fn end_log(&mut self, ends: bool) -> Option<Job> {
         let (journal, log) = (self.journal.as_mut()?, self.shards.log.as_mut()?);
-        if journal.failed.is_some() || journal.writing.is_some() {
+        if journal.failed.is_some() || !journal.under_way.is_empty() {
             return None;
         }
-        journal.writing = Some(log.closed());
+        journal.under_way.push_back(Writing {
+            group: Group::default(),
+            closed: log.closed(),
+            since_ns: self.now_ns,
+        });
         Some(Job::Log {
             chunks: log.take(self.now),
             sync: true,
@@ -494,7 +528,7 @@ impl Engine {
 
     /// The disk is at nothing that concerns the log.
     pub fn is_log_quiet(&self) -> bool {
-        self.journal.as_ref().is_none_or(|journal| journal.writing.is_none())
+        self.journal.as_ref().is_none_or(|journal| journal.under_way.is_empty())
     }
 
     /// A job came to an end.
@@ -524,14 +558,27 @@ impl Engine {
             return;
         };
         log.recycle(buffers);
-        let Some(closed) = journal.writing.take() else { return };
+        let Some(Writing {
+            group,
+            closed,
+            since_ns,
+        }) = journal.under_way.pop_front()
+        else {
+            return;
+        };
         journal.is_unsynced = !synced;
-        let group = std::mem::take(&mut journal.under_way);
-        // Those who are answered now are likely to ask again at once. If the next sync waits for them as well, all share one: else two
-        // halves take turns, and each waits for the other's sync before its own. Half of what a sync takes is worth that, if the
-        // disk was not held up.
-        journal.company = journal.filling.held.replies.len() + group.held.replies.len();
-        let sync_ns = self.now_ns.saturating_sub(journal.handed_ns);
+        // Those who are answered now are likely to ask again at once. If the next sync waits for them as well, when no other is under
+        // way, all share one: else two halves take turns, and each waits for the other's sync before its own. Half of what a sync takes
+        // is worth that, if the disk was not held up.
+        let under_way = journal.under_way.iter().map(|writing| &writing.group);
+        let all = under_way.chain([&journal.filling, &group]);
+        let company = all.map(|group| group.held.replies.len()).sum();
+        journal.company = if company < 2 * journal.shared_replies_min {
+            company
+        } else {
+            0
+        };
+        let sync_ns = self.now_ns.saturating_sub(since_ns);
         journal.company_until_ns = self.now_ns + (sync_ns / 2).min(COMPANY_NS_MAX);
         let own = usize::from(self.core.0);
         if synced {
@@ -563,7 +610,6 @@ impl Engine {
     fn fail_log(&mut self, why: String) {
         self.shards.refuse_writes(true);
         let Some(journal) = &mut self.journal else { return };
-        journal.writing = None;
         journal.failed.get_or_insert(why);
         journal.progress[usize::from(self.core.0)].failed = true;
         self.lose_what_waits();
@@ -583,12 +629,10 @@ impl Engine {
     /// What is not safe never will be: who waits for it is told so, and so is who asks for it later.
     fn lose_what_waits(&mut self) {
         let Some(journal) = &mut self.journal else { return };
-        let groups = [
-            std::mem::take(&mut journal.under_way),
-            std::mem::take(&mut journal.filling),
-        ];
+        let under_way = std::mem::take(&mut journal.under_way);
+        let filling = std::mem::take(&mut journal.filling);
         let waiting = std::mem::take(&mut journal.waiting);
-        for group in groups {
+        for group in under_way.into_iter().map(|writing| writing.group).chain([filling]) {
             if let Some(journal) = &mut self.journal {
                 journal.lost.emptied |= group.emptied;
                 journal.lost.keys.extend(&group.keys);
@@ -651,7 +695,7 @@ impl Engine {
     /// How long the core may sleep at most before it looks for a job of the disk again; `None`: until something happens.
     pub fn disk_rest(&self) -> Option<Duration> {
         let (journal, log) = (self.journal.as_ref()?, self.shards.log.as_ref()?);
-        if journal.failed.is_some() || journal.writing.is_some() {
+        if journal.failed.is_some() || !journal.under_way.is_empty() {
             return None;
         }
         if self.gates {

@@ -2,11 +2,22 @@
 
 use crate::disk::{BLOCK_BYTES, Block};
 
-/// The version of the format that is written, and the newest that is read.
-pub const VERSION: u16 = 1;
+/// How a kind of file begins.
+struct Kind {
+    magic: &'static [u8; 8],
+    /// The version of its format that is written, and the newest that is read.
+    version: u16,
+}
 
-const LOG_MAGIC: &[u8; 8] = b"memkvlog";
-const IMAGE_MAGIC: &[u8; 8] = b"memkvimg";
+/// In version 1 no rest of a block is left out. Else it is the same.
+const LOG: Kind = Kind {
+    magic: b"memkvlog",
+    version: 2,
+};
+const IMAGE: Kind = Kind {
+    magic: b"memkvimg",
+    version: 1,
+};
 
 /// What the first block of a segment of the log says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,8 +78,8 @@ pub enum Bad {
     Short,
     /// It begins with something else.
     Magic,
-    /// It was written by a later program.
-    Version(u16),
+    /// It was written by a later program, and this one reads up to the second version.
+    Version(u16, u16),
     /// Its checksum is wrong.
     Checksum,
 }
@@ -78,9 +89,9 @@ impl std::fmt::Display for Bad {
         match self {
             Bad::Short => f.write_str("it is too short to have a header"),
             Bad::Magic => f.write_str("it does not begin as such a file does"),
-            Bad::Version(version) => write!(
+            Bad::Version(version, newest) => write!(
                 f,
-                "it has format version {version}, and this program reads version {VERSION}: use the newer program"
+                "it has format version {version}, and this program reads version {newest}: use the newer program"
             ),
             Bad::Checksum => f.write_str("the checksum of its header is wrong"),
         }
@@ -91,9 +102,9 @@ impl std::fmt::Display for Bad {
 struct Writer(Vec<u8>);
 
 impl Writer {
-    fn new(magic: &[u8; 8]) -> Self {
-        let mut bytes = magic.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
+    fn new(kind: &Kind) -> Self {
+        let mut bytes = kind.magic.to_vec();
+        bytes.extend_from_slice(&kind.version.to_le_bytes());
         Self(bytes)
     }
 
@@ -126,18 +137,18 @@ struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
     /// Of a header of so many bytes before its checksum.
-    fn new(block: &'a [u8], magic: &[u8; 8], bytes: usize) -> Result<Self, Bad> {
+    fn new(block: &'a [u8], kind: &Kind, bytes: usize) -> Result<Self, Bad> {
         let (head, _) = block.split_at_checked(BLOCK_BYTES).ok_or(Bad::Short)?;
         let (fields, behind) = head.split_at(bytes);
-        if fields[..8] != *magic {
+        if fields[..8] != *kind.magic {
             return Err(Bad::Magic);
         }
         let mut reader = Self(&fields[8..]);
         let version = reader.short();
-        if version > VERSION {
-            return Err(Bad::Version(version));
+        if version > kind.version {
+            return Err(Bad::Version(version, kind.version));
         }
-        if behind[..4] != crc32c::crc32c(fields).to_le_bytes() || version != VERSION {
+        if behind[..4] != crc32c::crc32c(fields).to_le_bytes() || version == 0 {
             return Err(Bad::Checksum);
         }
         Ok(reader)
@@ -170,7 +181,7 @@ impl SegmentHead {
 
     /// As a block.
     pub fn write(&self) -> Block {
-        let mut out = Writer::new(LOG_MAGIC);
+        let mut out = Writer::new(&LOG);
         out.short(self.core).short(self.cores).short(u16::from(self.durability));
         out.long(self.directory).word(self.generation);
         out.short(self.first_shard).short(self.shards).long(self.number);
@@ -181,7 +192,7 @@ impl SegmentHead {
 
     /// From the first block of a file.
     pub fn read(block: &[u8]) -> Result<Self, Bad> {
-        let mut from = Reader::new(block, LOG_MAGIC, Self::BYTES)?;
+        let mut from = Reader::new(block, &LOG, Self::BYTES)?;
         Ok(Self {
             core: from.short(),
             cores: from.short(),
@@ -206,7 +217,7 @@ impl ImageHead {
 
     /// As a block.
     pub fn write(&self) -> Block {
-        let mut out = Writer::new(IMAGE_MAGIC);
+        let mut out = Writer::new(&IMAGE);
         out.short(self.shard).short(self.core).short(0);
         out.long(self.directory).word(self.generation).word(0);
         out.long(self.position).long(self.epoch).long(self.time).finish()
@@ -214,7 +225,7 @@ impl ImageHead {
 
     /// From the first block of a file.
     pub fn read(block: &[u8]) -> Result<Self, Bad> {
-        let mut from = Reader::new(block, IMAGE_MAGIC, Self::BYTES)?;
+        let mut from = Reader::new(block, &IMAGE, Self::BYTES)?;
         let (shard, core, _) = (from.short(), from.short(), from.short());
         let (directory, generation, _) = (from.long(), from.word(), from.word());
         Ok(Self {
@@ -275,7 +286,12 @@ mod tests {
             assert!(ImageHead::read(&img).is_err(), "bit {bit}");
             img[bit / 8] ^= 1 << (bit % 8);
         }
-        log[8] = 2;
-        assert_eq!(SegmentHead::read(&log), Err(Bad::Version(2)));
+        log[8] = 3;
+        assert_eq!(SegmentHead::read(&log), Err(Bad::Version(3, 2)));
+        // The first version is read, too.
+        log[8] = 1;
+        let sum = crc32c::crc32c(&log[..SegmentHead::BYTES]);
+        log[SegmentHead::BYTES..][..4].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(SegmentHead::read(&log), Ok(segment));
     }
 }

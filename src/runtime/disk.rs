@@ -1,17 +1,13 @@
-//! The folder of a data directory, and the threads that wait for it.
+//! The folder of a data directory.
 
-use super::{StartError, host};
+use super::StartError;
 use crate::disk::{Disk, File};
-use crate::keeper::Keeper;
-use crate::wal::{Done, Job};
 use std::fs::{File as StdFile, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::thread::JoinHandle;
 
 /// A folder of the file system.
 #[derive(Debug)]
@@ -192,7 +188,7 @@ fn with_words(error: Error) -> Error {
 }
 
 /// The file system does not do direct I/O, or not like this.
-fn is_refusal(error: &Error) -> bool {
+pub(super) fn is_refusal(error: &Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
@@ -258,113 +254,16 @@ impl File for RealFile {
     fn sync(&self) -> Result<()> {
         self.0.sync_data()
     }
-}
 
-/// Jobs that may wait for a thread. The engine has one of the log and one of an image under way, and an image has a few steps: a
-/// place that is always free costs nothing.
-const JOBS_MAX: usize = 16;
-
-/// The thread that has the files of one core. Dropping it has it do what waits, and then end.
-#[derive(Debug)]
-pub(super) struct Filer {
-    jobs: Option<SyncSender<Job>>,
-    done: Receiver<Done>,
-    thread: Option<JoinHandle<()>>,
-    /// Jobs that were taken and not answered.
-    pending: usize,
-}
-
-impl Filer {
-    /// Starts it. The bell is rung when something was done.
-    /// It may use all these CPUs: its core's own is busy.
-    pub(super) fn start(core: u16, keeper: Keeper, cpus: Vec<usize>, bell: Box<dyn Fn() + Send>) -> Result<Self> {
-        let (jobs, to_do) = sync_channel(JOBS_MAX);
-        // What was done needs no more room than what was to be done, and what `poll` did not take yet.
-        let (tell, done) = sync_channel(2 * JOBS_MAX);
-        let thread = std::thread::Builder::new().name(format!("files {core}"));
-        let thread = thread.spawn(move || {
-            if let Err(error) = host::run_on(&cpus) {
-                log::warn!("the thread for the files of core {core} stays where the core is: {error}");
-            }
-            work(keeper, &to_do, &tell, &*bell);
-        })?;
-        Ok(Self {
-            jobs: Some(jobs),
-            done,
-            thread: Some(thread),
-            pending: 0,
-        })
-    }
-
-    /// Hands a job over; gives it back when too many wait, or the thread has ended.
-    pub(super) fn submit(&mut self, job: Job) -> std::result::Result<(), Job> {
-        let Some(jobs) = self.jobs.as_ref().filter(|_| self.pending < JOBS_MAX) else {
-            return Err(job);
-        };
-        match jobs.try_send(job) {
-            Ok(()) => {
-                self.pending += 1;
-                Ok(())
-            }
-            Err(std::sync::mpsc::TrySendError::Full(job) | std::sync::mpsc::TrySendError::Disconnected(job)) => {
-                Err(job)
-            }
-        }
-    }
-
-    /// The next that was done, if any was.
-    pub(super) fn poll(&mut self) -> Option<Done> {
-        let done = self.done.try_recv().ok()?;
-        self.pending -= 1;
-        Some(done)
-    }
-
-    /// Jobs that were handed over and not answered.
-    pub(super) fn pending(&self) -> usize {
-        self.pending
-    }
-}
-
-impl Drop for Filer {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            // It panicked: then the process has ended.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Does jobs until nobody can send any more and none waits.
-fn work(mut keeper: Keeper, to_do: &Receiver<Job>, tell: &SyncSender<Done>, bell: &dyn Fn()) {
-    let mut prepares = true;
-    loop {
-        let job = match to_do.try_recv() {
-            Ok(job) => job,
-            Err(TryRecvError::Disconnected) => return,
-            Err(TryRecvError::Empty) if prepares => {
-                prepares = keeper.idle();
-                continue;
-            }
-            Err(TryRecvError::Empty) => match to_do.recv() {
-                Ok(job) => job,
-                Err(_) => return,
-            },
-        };
-        let done = keeper.run(job);
-        prepares = true;
-        // Nobody is left to be told when the server ends; the job was done all the same.
-        let _ = tell.try_send(done);
-        bell();
+    fn descriptor(&self) -> Option<i32> {
+        Some(self.0.as_raw_fd())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data_dir::{DataDir, SEGMENT_BYTES, Wanted};
     use crate::disk::{BLOCK_BYTES, Block};
-    use crate::wal::{Durability, Log};
 
     #[test]
     fn files_are_written_read_and_named() {
@@ -411,64 +310,5 @@ mod tests {
         std::fs::write(&file, b"").unwrap();
         let error = Folder::take(&file).unwrap_err().to_string();
         assert!(error.contains(&file.display().to_string()), "{error}");
-    }
-
-    /// What was handed over is done, also when nobody waits for it.
-    #[test]
-    fn a_filer_does_all_that_waits() {
-        let folder = tempfile::tempdir().unwrap();
-        let open = || {
-            let wanted = Wanted {
-                name: folder.path().display().to_string(),
-                partitioner: None,
-                boundaries: vec![],
-                shards: None,
-                seed: None,
-                random: [1, 2],
-                segment_bytes: SEGMENT_BYTES,
-                salvage: false,
-            };
-            DataDir::open(Arc::new(Folder::take(folder.path()).unwrap()), wanted).unwrap()
-        };
-        let mut dir = open();
-        dir.begin_generation(&dir.table(1).unwrap(), Durability::Always)
-            .unwrap();
-        let (bell, rung) = std::sync::mpsc::channel();
-        let bell = Box::new(move || bell.send(()).unwrap());
-        let mut filer = Filer::start(0, dir.keeper(0).unwrap(), host::allowed_cpus().unwrap(), bell).unwrap();
-        drop(dir);
-        let mut log = Log::new(1);
-        let mut submit = |filer: &mut Filer, key: &[u8], ends| {
-            log.delete(key);
-            let job = Job::Log {
-                chunks: log.take(Default::default()),
-                sync: true,
-                ends,
-            };
-            assert_eq!(filer.submit(job), Ok(()));
-        };
-        submit(&mut filer, b"one", false);
-        rung.recv().unwrap();
-        assert!(matches!(filer.poll(), Some(Done::Logged { synced: true, .. })));
-        assert_eq!(filer.pending(), 0);
-        for _ in 0..9 {
-            submit(&mut filer, b"more", false);
-        }
-        submit(&mut filer, b"last", true);
-        drop(filer);
-        let dir = open();
-        assert_eq!(dir.warnings(), &[] as &[String]);
-        let mut keys = vec![];
-        let mut restorer = dir.restorer(0..64, dir.table(1).unwrap());
-        while restorer
-            .step(&mut |restored| {
-                if let crate::effect::Effect::Delete(key) = restored.effect {
-                    keys.push(key.to_vec());
-                }
-                Ok(())
-            })
-            .unwrap()
-        {}
-        assert_eq!((keys.len(), &keys[10][..]), (11, &b"last"[..]));
     }
 }

@@ -1,4 +1,4 @@
-//! The network ring: one io_uring per core for all its sockets.
+//! The network ring: one io_uring per core for all its sockets, and for what its log must have safe soon.
 //!
 //! Accepting and receiving are armed once and go on by themselves (multishot); received bytes land in a ring of buffers that
 //! the kernel picks from; sends are queued and submitted together with the wait for what comes next. All system calls of a
@@ -9,6 +9,7 @@ use super::listens_while_loading;
 use crate::engine::{Engine, Notice};
 use crate::protocol::Protocol;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -29,7 +30,7 @@ const ACCEPT_REST_NS: u64 = 100_000_000;
 const WARNING_PERIOD_NS: u64 = 10_000_000_000;
 
 /// What an operation was for: the low byte of its user data. The next three bytes are a connection's generation, the upper
-/// half is its number, or a listener's.
+/// half is its number, or a listener's, or a write's.
 mod tag {
     pub(super) const ACCEPT: u64 = 1;
     pub(super) const RECEIVE: u64 = 2;
@@ -37,6 +38,7 @@ mod tag {
     pub(super) const CANCEL: u64 = 4;
     pub(super) const TICK: u64 = 5;
     pub(super) const DOORBELL: u64 = 6;
+    pub(super) const WRITE: u64 = 7;
 }
 
 const GENERATION_MASK: u32 = 0xff_ffff;
@@ -204,6 +206,8 @@ pub(super) struct Net {
     connections: Vec<Connection>,
     listeners: Vec<Listener>,
     completed: Vec<cqueue::Entry>,
+    /// Writes to files that the ring has answered: the number, and the system's answer.
+    written: VecDeque<(u32, i32)>,
     tick: Box<types::Timespec>,
     tick_armed: bool,
     /// An eventfd that others write to when this core must wake. It is never read: each write completes the poll.
@@ -237,6 +241,7 @@ impl Net {
             connections: vec![],
             listeners,
             completed: Vec::with_capacity(COMPLETIONS as usize),
+            written: VecDeque::new(),
             tick: Box::new(types::Timespec::from(TICK)),
             tick_armed: false,
             doorbell,
@@ -251,7 +256,7 @@ impl Net {
     fn submit(&mut self, entry: &squeue::Entry) {
         // SAFETY: every entry refers to memory that outlives its operation: the buffer ring, `tick` and `pieces` are owned by
         // this `Net`, output is kept in place by the engine until `Engine::sent`, sockets are closed after their last
-        // operation.
+        // operation, and who has a file written promises the same for it.
         while unsafe { self.ring.submission().push(entry) }.is_err() {
             // The queue is full: hand it to the kernel. EBUSY (completions overflow) is mended by the caller's next turn.
             if self.ring.submit().is_err() {
@@ -427,6 +432,7 @@ impl Net {
                 }
                 tag::TICK => self.tick_armed &= cqueue::more(flags),
                 tag::DOORBELL => self.doorbell_armed &= cqueue::more(flags),
+                tag::WRITE => self.written.push_back((number, result)),
                 _ => {}
             }
         }
@@ -584,6 +590,36 @@ impl Net {
             self.closed += 1;
             engine.closed(number);
         }
+    }
+
+    /// Has bytes written to a file, and made safe. The answer comes with the number: [`Net::next_written`].
+    ///
+    /// # Safety
+    /// Until then the bytes stay where they are, and unchanged, and the file is open.
+    pub(super) unsafe fn write(&mut self, file: i32, bytes: &[u8], offset: u64, number: u32) {
+        let entry = opcode::Write::new(types::Fd(file), bytes.as_ptr(), bytes.len() as u32)
+            .offset(offset)
+            .rw_flags(libc::RWF_DSYNC)
+            .build();
+        self.submit(&entry.user_data(user_data(tag::WRITE, 0, number)));
+    }
+
+    /// The number of a write that was answered and was not asked for yet, and the system's answer: bytes, or an error's negative number.
+    pub(super) fn next_written(&mut self) -> Option<(u32, i32)> {
+        self.written.pop_front()
+    }
+
+    /// Waits for nothing but writes: what else has completed stays.
+    pub(super) fn collect_written(&mut self) {
+        self.turn();
+        let Self { completed, written, .. } = self;
+        completed.retain(|entry| {
+            let is_write = entry.user_data() & 0xff == tag::WRITE;
+            if is_write {
+                written.push_back(((entry.user_data() >> 32) as u32, entry.result()));
+            }
+            !is_write
+        });
     }
 
     /// Stops accepting and closes the listeners' sockets on this core.

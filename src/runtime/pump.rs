@@ -6,7 +6,7 @@
 //! task; one that brings others (see decision 1) must let glommio's reactor share the sleep. Futures of connections that a
 //! library serves are polled by the pump itself: see [`super::gateway`].
 
-use super::disk::Filer;
+use super::filer::Filer;
 use super::gateway::Gateway;
 use super::memory::Watch;
 use super::mesh::{Handoff, Mesh};
@@ -135,8 +135,8 @@ const BACKGROUND_PERIOD: Duration = Duration::from_millis(1);
 const PROCESS_FACTS_PERIOD_NS: u64 = 1_000_000_000;
 
 /// Tells the engine what became of its files.
-fn take_done(engine: &mut Engine, files: &mut Option<Filer>) {
-    while let Some(done) = files.as_mut().and_then(Filer::poll) {
+fn take_done(engine: &mut Engine, files: &mut Option<Filer>, net: &mut Net) {
+    while let Some(done) = files.as_mut().and_then(|filer| filer.poll(net)) {
         if let Done::Failed { why, .. } = &done {
             log::error!("{why}");
         }
@@ -145,31 +145,34 @@ fn take_done(engine: &mut Engine, files: &mut Option<Filer>) {
 }
 
 /// Does what the engine wants of its files.
-fn give_jobs(engine: &mut Engine, files: &mut Option<Filer>, shared: &Shared) {
+fn give_jobs(engine: &mut Engine, files: &mut Option<Filer>, net: &mut Net, shared: &Shared) {
     let Some(filer) = files else { return };
     if let Some(epoch) = engine.wanted_epoch() {
         shared.epoch.fetch_max(epoch, Ordering::SeqCst);
         engine.set_epoch(epoch);
     }
     while let Some(job) = engine.disk_job() {
-        if filer.submit(job).is_err() {
-            let why = "the thread for files does not take a job".to_owned();
-            engine.disk_done(Done::Failed { log: true, why });
-        }
+        filer.submit(job, net);
     }
 }
 
-/// Writes the end of the log. `in_order`: nothing is under way on any core any more.
-fn end_files(engine: &mut Engine, mut files: Option<Filer>, in_order: bool) {
-    while files.as_ref().is_some_and(|filer| filer.pending() > 0) {
-        take_done(engine, &mut files);
-        std::thread::yield_now();
-    }
+/// Writes the end of the log. `all_quiet`: no core has anything under way any more, but for what its disk is at.
+fn end_files(engine: &mut Engine, mut files: Option<Filer>, net: &mut Net, all_quiet: bool) {
+    finish_jobs(engine, &mut files, net);
+    let in_order = all_quiet && engine.is_quiet();
     if let Some(filer) = &mut files
         && let Some(job) = engine.end_log(in_order)
     {
-        // Dropping it waits for the job.
-        let _ = filer.submit(job);
+        filer.submit(job, net);
+        finish_jobs(engine, &mut files, net);
+    }
+}
+
+fn finish_jobs(engine: &mut Engine, files: &mut Option<Filer>, net: &mut Net) {
+    while files.as_ref().is_some_and(|filer| filer.pending() > 0) {
+        net.collect_written();
+        take_done(engine, files, net);
+        std::thread::yield_now();
     }
 }
 
@@ -214,7 +217,6 @@ pub(super) async fn run(
             if files.is_some() {
                 // Before anything that the turn brings: what was answered in an earlier epoch was asked for before this one began.
                 engine.set_epoch(shared.epoch.load(Ordering::SeqCst));
-                take_done(&mut engine, &mut files);
             }
             net.arm_listeners(now_ns);
             mesh.receive(&mut engine, &shared.epoch, |engine, handoff| {
@@ -228,6 +230,9 @@ pub(super) async fn run(
                     accept(engine, net, &mut mesh, &shared, accepted);
                 },
             );
+            if files.is_some() {
+                take_done(&mut engine, &mut files, &mut net);
+            }
             mesh.send(&mut engine);
             net.look_after(&mut engine, &mut gateway);
         }
@@ -239,7 +244,7 @@ pub(super) async fn run(
         {
             let mut engine = cell.borrow_mut();
             if files.is_some() {
-                give_jobs(&mut engine, &mut files, &shared);
+                give_jobs(&mut engine, &mut files, &mut net, &shared);
                 mesh.send(&mut engine);
                 let asked = shared.snapshots.load(Ordering::Relaxed);
                 if asked != snapshots && starting.is_none() {
@@ -276,8 +281,7 @@ pub(super) async fn run(
                 && stopping.is_done(&mut engine, &mut net, &mut gateway, &shared)
             {
                 let all_quiet = usize::from(shared.quiet_cores.load(Ordering::SeqCst)) == shared.peers.len();
-                let in_order = all_quiet && engine.is_quiet();
-                end_files(&mut engine, files, in_order);
+                end_files(&mut engine, files, &mut net, all_quiet);
                 break;
             }
             shared.memory.look(now_ns);

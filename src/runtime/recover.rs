@@ -3,7 +3,8 @@
 //! Every core reads for itself what concerns its own shards, a piece at a time, between which its other work goes on: who asks by HTTP
 //! how the server is gets an answer.
 
-use super::disk::{Filer, Folder};
+use super::disk::Folder;
+use super::filer::Filer;
 use super::mesh::Peer;
 use super::{StartError, host};
 use crate::config::{Config, DurabilityChoice, Recover};

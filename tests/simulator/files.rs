@@ -8,8 +8,9 @@ use super::support::TOKEN_SEED;
 use memkv::data_dir::{DataDir, Problem, Wanted};
 use memkv::effect::{self, Effect};
 use memkv::engine::Engine;
-use memkv::keeper::Keeper;
+use memkv::keeper::{Keeper, Write, Writer};
 use memkv::wal::{Chunk, Done, Durability, Job};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,6 +43,11 @@ pub struct Options {
 /// The keeper of a core's files, perhaps with a bug.
 struct Faulty {
     keeper: Keeper,
+    /// Of the keeper, while writes of it are under way.
+    writer: Option<Box<Writer>>,
+    /// These, and how each went that has come to the disk: one may overtake another.
+    writes: VecDeque<(Write, Option<std::io::Result<()>>)>,
+    log_failed: Option<String>,
     fault: Option<Fault>,
     random: Random,
 }
@@ -90,8 +96,76 @@ impl Keep for Faulty {
         }
     }
 
+    fn begin(&mut self, job: Job) -> Result<(), Job> {
+        let Job::Log {
+            chunks,
+            sync: true,
+            ends,
+        } = &job
+        else {
+            return Err(job);
+        };
+        if self.fault.is_some() {
+            return Err(job);
+        }
+        let Some(mut writer) = self.writer.take().or_else(|| self.keeper.lend()) else {
+            return Err(job);
+        };
+        let write = writer.begin(chunks, *ends);
+        let begun = write.map(|write| self.writes.push_back((write, None)));
+        if begun.is_some() && writer.needs_next() {
+            self.keeper.need_next();
+        }
+        self.put_back(writer);
+        for at in (0..self.writes.len())
+            .rev()
+            .filter(|_| self.random.chance(50))
+            .collect::<Vec<_>>()
+        {
+            self.write(at);
+        }
+        begun.ok_or(job)
+    }
+
+    fn finish(&mut self) -> Option<Done> {
+        self.write(0);
+        let (write, written) = self.writes.pop_front()?;
+        let mut writer = self.writer.take()?;
+        if let Err(error) = written?.and_then(|()| writer.file().sync()) {
+            let why = writer.failed("write to", &error);
+            self.log_failed.get_or_insert(why);
+        }
+        writer.end(write);
+        self.put_back(writer);
+        let (buffers, synced) = (vec![], true);
+        Some(match &self.log_failed {
+            None => Done::Logged { buffers, synced },
+            Some(why) => Done::Failed {
+                log: true,
+                why: why.clone(),
+            },
+        })
+    }
+
     fn idle(&mut self) -> bool {
         self.keeper.idle()
+    }
+}
+
+impl Faulty {
+    /// One of the writes that are under way comes to the disk.
+    fn write(&mut self, at: usize) {
+        if let (Some(writer), Some((write, written @ None))) = (&self.writer, self.writes.get_mut(at)) {
+            *written = Some(writer.file().write_at(write.offset(), write.bytes()));
+        }
+    }
+
+    fn put_back(&mut self, writer: Box<Writer>) {
+        if self.writes.is_empty() {
+            self.keeper.give_back(writer);
+        } else {
+            self.writer = Some(writer);
+        }
     }
 }
 
@@ -152,10 +226,14 @@ impl Files {
         for (core, engine) in (0..).zip(&mut *engines) {
             keepers.push(Faulty {
                 keeper: dir.keeper(core)?,
+                writer: None,
+                writes: VecDeque::new(),
+                log_failed: None,
                 fault: options.fault,
                 random: random.fork(),
             });
             engine.keep_log(options.durability, Duration::from_millis(options.sync_interval_ms));
+            engine.share_syncs_among(1 + random.below(3));
         }
         for (core, engine) in (0..).map(memkv::model::CoreId).zip(engines) {
             let own: Vec<u16> = table.shards_of(core).map(|shard| shard.0).collect();

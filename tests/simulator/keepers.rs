@@ -2,8 +2,8 @@
 //!
 //! A core hands its jobs over in each turn ([`Keepers::give`]) and takes back what came of them ([`Keepers::take`]). In between,
 //! each job waits for as long as chance has it, on its way, before it is run and before the core hears of it: in order for each
-//! core, and in no order among cores. A crash is the end of all of them: jobs that were not run are lost, and so is the news of
-//! those that were.
+//! core, and in no order among cores. A write that goes to the disk without the thread is under way for as long again, and others
+//! with it. A crash is the end of all of them: jobs that were not run are lost, and so is the news of those that were.
 
 use super::random::Random;
 use memkv::wal::{Done, Job};
@@ -12,6 +12,16 @@ use std::collections::VecDeque;
 /// Who does the jobs of one core.
 pub trait Keep {
     fn run(&mut self, job: Job) -> Done;
+
+    /// Sends a job to the disk and does not wait, or gives it back: then it is to be run when nothing is under way.
+    fn begin(&mut self, job: Job) -> Result<(), Job> {
+        Err(job)
+    }
+
+    /// Waits for the first of those that were begun.
+    fn finish(&mut self) -> Option<Done> {
+        None
+    }
 
     /// Prepares a piece of what will be needed; false when there is nothing left to prepare.
     fn idle(&mut self) -> bool;
@@ -30,6 +40,8 @@ struct Keeper<K> {
     keep: K,
     /// Each with the turn from which on it is run.
     jobs: VecDeque<(u64, Job)>,
+    /// For each job that was begun, the turn from which on it is finished.
+    under_way: VecDeque<u64>,
     /// Each with the turn from which on it is told.
     news: VecDeque<(u64, Done)>,
 }
@@ -49,6 +61,7 @@ impl<K: Keep> Keepers<K> {
         let keepers = keeps.into_iter().map(|keep| Keeper {
             keep,
             jobs: VecDeque::new(),
+            under_way: VecDeque::new(),
             news: VecDeque::new(),
         });
         Self {
@@ -85,24 +98,33 @@ impl<K: Keep> Keepers<K> {
         keeper.jobs.push_back((due, job));
     }
 
-    /// One of the keepers may run a job, or prepare something.
+    /// One of the keepers may begin, run or finish a job, or prepare something.
     pub fn step(&mut self, turn: u64) {
         let core = self.random.below(self.keepers.len());
-        let told = self.due(turn);
+        let (told, finished) = (self.due(turn), self.due(turn));
+        let finishes = self.random.chance(50);
+        let says_so_early = self.says_so_early;
         let keeper = &mut self.keepers[core];
-        match keeper.jobs.front() {
-            Some((due, _)) if *due > turn => {}
-            Some(_) => {
-                if let Some((_, job)) = keeper.jobs.pop_front() {
-                    let done = keeper.keep.run(job);
-                    if !(self.says_so_early && matches!(done, Done::Logged { .. })) {
-                        keeper.news.push_back((told, done));
-                    }
+        let mut tell = |done: Done| {
+            if !(says_so_early && matches!(done, Done::Logged { .. })) {
+                keeper.news.push_back((told, done));
+            }
+        };
+        let has_job = keeper.jobs.front().is_some_and(|(due, _)| *due <= turn);
+        if keeper.under_way.front().is_some_and(|due| *due <= turn) && (finishes || !has_job) {
+            keeper.under_way.pop_front();
+            keeper.keep.finish().into_iter().for_each(tell);
+        } else if has_job && let Some((due, job)) = keeper.jobs.pop_front() {
+            match keeper.keep.begin(job) {
+                Ok(()) => keeper.under_way.push_back(finished),
+                // The thread has an image's jobs, whatever the disk is at.
+                Err(job) if keeper.under_way.is_empty() || !matches!(job, Job::Log { .. }) => {
+                    tell(keeper.keep.run(job))
                 }
+                Err(job) => keeper.jobs.push_front((due, job)),
             }
-            None => {
-                keeper.keep.idle();
-            }
+        } else if keeper.jobs.is_empty() {
+            keeper.keep.idle();
         }
     }
 
@@ -116,7 +138,7 @@ impl<K: Keep> Keepers<K> {
     /// Nothing is to be done or told.
     pub fn is_empty(&self) -> bool {
         let mut keepers = self.keepers.iter();
-        keepers.all(|keeper| keeper.jobs.is_empty() && keeper.news.is_empty())
+        keepers.all(|keeper| keeper.jobs.is_empty() && keeper.under_way.is_empty() && keeper.news.is_empty())
     }
 }
 
