@@ -928,6 +928,82 @@ fn directories_that_do_not_fit() {
     server.stop();
 }
 
+/// Who may not write to the directory, or not read what is in it, is told what to do.
+#[test]
+fn a_directory_of_somebody_else() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    let folder = tempfile::tempdir().unwrap();
+    let set = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    let data = folder.path().join("data");
+    let server = start(folder.path(), 1, DurabilityChoice::Always);
+    client(&server).set("a", "1").unwrap();
+    server.stop();
+    // Root may do everything, so the server is then somebody else's, who can reach a copy of the program.
+    let is_root = std::fs::metadata(&data).unwrap().uid() == 0;
+    let copy = folder.path().join("memkv-tpc");
+    std::fs::copy(env!("CARGO_BIN_EXE_memkv-tpc"), &copy).unwrap();
+    set(folder.path(), 0o755);
+    let told = || {
+        let mut command = Command::new(&copy);
+        command.args(["--cores", "1", "--memcached", "127.0.0.1:0", "--data-dir"]);
+        command.arg(&data);
+        for listener in ["--text", "--protobuf", "--json-line", "--http", "--grpc"] {
+            command.args([listener, "off"]);
+        }
+        if is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    // Read, but not written; then not even read; then a file in it that is not.
+    for (path, mode) in [(data.clone(), 0o555), (data.clone(), 0o000), (data.join("MANIFEST"), 0o000)] {
+        let before = std::fs::metadata(&path).unwrap().mode();
+        if is_root && path != data {
+            for path in [&data, &data.join("LOCK"), &data.join("log"), &data.join("images")] {
+                chown(path, Some(NOBODY), None).unwrap();
+            }
+        }
+        set(&path, mode);
+        let told = told();
+        assert!(told.contains("ermission denied"), "{told}");
+        assert!(told.contains(&data.display().to_string()), "{told}");
+        assert!(told.contains("own the directory"), "{told}");
+        set(&path, before & 0o777);
+    }
+}
+
+/// What describes a directory ends with 0 when it is good, and with 1 when something is damaged or it is none.
+#[test]
+fn what_inspect_ends_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = start(folder.path(), 1, DurabilityChoice::Always);
+    client(&server).set("the key", "1").unwrap();
+    server.stop();
+    let inspect = |options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_memkv-tpc"));
+        command.arg("inspect").arg(folder.path().join("data")).args(options);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, told) = inspect(&["--records"]);
+    assert!(code == Some(0) && told.contains("put 'the key' '1'"), "{told}");
+    assert!(!inspect(&[]).1.contains("the key"));
+    let log = folder.path().join("data/log");
+    let segment = log.join(names(folder.path(), "log").pop_first().unwrap());
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let place = bytes.windows(7).position(|bytes| bytes == b"the key").unwrap();
+    bytes[place] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let (code, told) = inspect(&[]);
+    assert!(code == Some(1) && told.contains("damaged: "), "{told}");
+    std::fs::remove_file(folder.path().join("data/MANIFEST")).unwrap();
+    assert_eq!(inspect(&[]).0, Some(1));
+}
+
 /// When the log cannot be written any more, writes are refused, reads of what is safe go on, and everybody who asks is told.
 #[test]
 fn a_log_that_fails() {
