@@ -1,7 +1,7 @@
 //! How effects lie in a file: headers and frames, written and checked.
 //!
-//! A segment of the log and an image of a shard are built alike: a block with a header, then *frames* one behind the other, or at
-//! the beginning of the next block. A frame is a header of 72 bytes and a body of at most 1 MiB, under one checksum. `docs/format.md` has the tables.
+//! A segment of the log and an image of a shard are built alike: a block with a header, then *frames* one behind the other, or, in
+//! a segment, at the beginning of the next block. A frame is a header of 72 bytes and a body of at most 1 MiB, under one checksum. `docs/format.md` has the tables.
 //!
 //! Nothing here trusts a byte before its checksum is right, and nothing believes a length that the file does not have.
 
@@ -253,14 +253,11 @@ impl Reader {
         self.offset += bytes as u64;
     }
 
-    /// Leaves out the rest of a block, if it is zeros and the next one begins like a frame.
+    /// Leaves out the rest of a block, if the next one begins like a frame.
     fn skip_rest(&mut self) -> std::io::Result<()> {
         let rest = (self.offset.next_multiple_of(BLOCK_BYTES as u64) - self.offset) as usize;
-        if self.fill(rest + MAGIC.len())? {
-            let (rest, next) = self.buffer[self.start..self.end].split_at(rest);
-            if next.starts_with(&MAGIC) && rest.iter().all(|byte| *byte == 0) {
-                self.advance(rest.len());
-            }
+        if self.fill(rest + MAGIC.len())? && self.buffer[self.start + rest..self.end].starts_with(&MAGIC) {
+            self.advance(rest);
         }
         Ok(())
     }
@@ -268,7 +265,7 @@ impl Reader {
     /// The next frame, or why there is none; then the reader stays where it is, or where the next block begins.
     pub fn read(&mut self) -> std::io::Result<Result<Found<'_>, Bad>> {
         self.fill(HEAD_BYTES)?;
-        if self.start < self.end && self.buffer[self.start] == 0 {
+        if !self.buffer[self.start..self.end].starts_with(&MAGIC) {
             self.skip_rest()?;
             self.fill(HEAD_BYTES)?;
         }
@@ -291,14 +288,10 @@ impl Reader {
         }))
     }
 
-    /// Looks for a frame for which `wanted` holds anywhere behind this place, at any offset.
+    /// Looks for a frame for which `wanted` holds from this place on, at any offset.
     pub fn search(&mut self, wanted: impl Fn(&Frame) -> bool) -> std::io::Result<Option<(u64, Frame)>> {
         // Bytes that pretend to be wanted frames, one in another, must not take for ever.
         let mut budget = 64 * (1u64 << 25);
-        self.fill(1)?;
-        if self.start < self.end {
-            self.advance(1);
-        }
         while self.fill(HEAD_BYTES)? && budget > 0 {
             let Some(place) = memchr::memmem::find(&self.buffer[self.start..self.end], &MAGIC) else {
                 self.advance(self.end - self.start - (MAGIC.len() - 1));

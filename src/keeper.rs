@@ -65,8 +65,6 @@ pub struct Keeper {
     /// Nothing while it is lent.
     writer: Option<Box<Writer>>,
     images: Images,
-    /// Why the log takes nothing more.
-    log_failed: Option<String>,
     adopted: Adopted,
 }
 
@@ -84,7 +82,6 @@ impl Keeper {
             segments: Segments::new(&place, &first)?,
             writer: Some(Box::new(Writer::new(place.clone(), first)?)),
             images: Images::default(),
-            log_failed: None,
             adopted,
             place,
         })
@@ -105,10 +102,9 @@ impl Keeper {
     }
 
     fn run_log(&mut self, chunks: Vec<crate::wal::Chunk>, sync: bool, ends: bool) -> Done {
-        let written = match (&self.log_failed, &mut self.writer) {
-            (Some(why), _) => Err(why.clone()),
-            (None, None) => Err("the log is written elsewhere".to_owned()),
-            (None, Some(writer)) => {
+        let written = match &mut self.writer {
+            None => Err("the log is written elsewhere".to_owned()),
+            Some(writer) => {
                 let written = writer.append(&mut self.segments, &chunks, sync, ends);
                 if writer.needs_next() {
                     self.segments.need_next();
@@ -118,24 +114,15 @@ impl Keeper {
         };
         match written {
             Ok(()) => Done::Logged {
-                buffers: chunks
-                    .into_iter()
-                    .map(|chunk| {
-                        let mut buffer = chunk.effects;
-                        buffer.clear();
-                        buffer
-                    })
-                    .collect(),
+                buffers: chunks.into_iter().map(|chunk| chunk.effects).collect(),
                 synced: sync,
             },
-            Err(why) => {
-                self.log_failed = Some(why.clone());
-                Done::Failed { log: true, why }
-            }
+            Err(why) => Done::Failed { log: true, why },
         }
     }
 
     fn run_image(&mut self, job: Job) -> Result<Done, String> {
+        let has_failed = self.has_failed();
         let (place, images) = (&self.place, &mut self.images);
         let (buffer, bytes) = match job {
             Job::Log { .. } => (vec![], 0),
@@ -158,7 +145,7 @@ impl Keeper {
             Job::AdoptImage { log_needed_from } => {
                 let (shard, bytes) = images.adopt(place)?;
                 (self.adopted)(shard)?;
-                if self.log_failed.is_none() {
+                if !has_failed {
                     self.segments.forget_before(place, log_needed_from)?;
                 }
                 (vec![], bytes)
@@ -169,7 +156,12 @@ impl Keeper {
 
     /// Prepares what will be needed, a piece of it; false when there is nothing left to prepare.
     pub fn idle(&mut self) -> bool {
-        self.log_failed.is_none() && self.segments.prepare_spare(&self.place)
+        !self.has_failed() && self.segments.prepare_spare(&self.place)
+    }
+
+    /// The log takes nothing more, as far as that is known here.
+    fn has_failed(&self) -> bool {
+        self.writer.as_ref().is_some_and(|writer| writer.failed().is_some())
     }
 
     /// Lends the writer. A job of the log needs it back: [`Keeper::give_back`].

@@ -27,7 +27,7 @@ pub struct Chunk {
     pub effects: Vec<u8>,
 }
 
-/// What the thread that has a core's files is to do. It does so in order.
+/// What is to be done with a core's files: jobs of the log in order, and those of images in order.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Job {
     /// Write this to the log, all or nothing.
@@ -69,12 +69,12 @@ pub enum Job {
     },
 }
 
-/// What came of a job. One for each, in order.
+/// What came of a job. One for each: those of the log in order, and those of images in order.
 #[derive(Debug)]
 pub enum Done {
     /// Of [`Job::Log`], with its buffers, to be used again.
     Logged {
-        /// The chunks, with nothing in them.
+        /// The chunks' effects.
         buffers: Vec<Vec<u8>>,
         /// It is safe.
         synced: bool,

@@ -205,7 +205,7 @@ impl Run {
                 writes.push(write);
             }
             writer.file().sync().unwrap();
-            writes.into_iter().for_each(|write| writer.end(write));
+            writes.into_iter().for_each(|write| writer.end(write, Ok(())).unwrap());
             keeper.give_back(writer);
         }
     }

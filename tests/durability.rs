@@ -960,7 +960,11 @@ fn a_directory_of_somebody_else() {
         String::from_utf8(output.stderr).unwrap()
     };
     // Read, but not written; then not even read; then a file in it that is not.
-    for (path, mode) in [(data.clone(), 0o555), (data.clone(), 0o000), (data.join("MANIFEST"), 0o000)] {
+    for (path, mode) in [
+        (data.clone(), 0o555),
+        (data.clone(), 0o000),
+        (data.join("MANIFEST"), 0o000),
+    ] {
         let before = std::fs::metadata(&path).unwrap().mode();
         if is_root && path != data {
             for path in [&data, &data.join("LOCK"), &data.join("log"), &data.join("images")] {

@@ -507,7 +507,7 @@ fn walk(
             Ok(found) => found,
             Err(bad) => return Ok(Some((offset, Stop::Bad(bad)))),
         };
-        let Found { frame, body, .. } = found;
+        let Found { frame, body, offset } = found;
         if !is_next(&frame, head, *next) {
             return Ok(Some((offset, Stop::Other(frame))));
         }

@@ -261,16 +261,105 @@ fn units() -> (MemoryDisk, Vec<Items>) {
 
 const FIRST: &str = "log/00000001-0000-00000000.log";
 
-/// Where each frame of a segment begins, with the sequence before which all were known to be safe.
+/// The same with units of which every second and third were under way together, so the third begins in a block of its own.
+fn side_by_side() -> (MemoryDisk, Vec<Items>) {
+    let disk = MemoryDisk::default();
+    let mut dir = open(&disk).unwrap();
+    let mut run = Run::begin(&mut dir, 1, Durability::Always);
+    let mut states = vec![Items::new()];
+    for unit in 0..9u8 {
+        let mut items = states.last().unwrap().clone();
+        run.put(&[unit], &[unit; 300]);
+        items.insert(vec![unit], (vec![unit; 300], Deadline::Never, 0));
+        states.push(items);
+        match unit % 3 {
+            0 => run.write_all(true, false),
+            1 => {}
+            _ => {
+                let mut writer = run.keepers[0].lend().unwrap();
+                let mut chunks = run.logs[0].take(UnixMillis(5));
+                let mut second = chunks[0].clone();
+                let half = second.effects.len() / 2;
+                second.effects.drain(..half);
+                second.position += half as u64;
+                chunks[0].effects.truncate(half);
+                let writes = [&chunks, &vec![second]].map(|chunks| writer.begin(chunks, false).unwrap());
+                for write in writes.iter().rev() {
+                    writer.file().write_at(write.offset(), write.bytes()).unwrap();
+                }
+                writes.into_iter().for_each(|write| writer.end(write, Ok(())).unwrap());
+                run.keepers[0].give_back(writer);
+                run.put(b"behind", &[unit]);
+                let mut items = states.last().unwrap().clone();
+                items.insert(b"behind".to_vec(), (vec![unit], Deadline::Never, 0));
+                states.push(items);
+                run.write_all(true, false);
+            }
+        }
+    }
+    (disk, states)
+}
+
+/// Where each frame of a segment begins, with the sequence before which all were known to be safe, and at last where they end.
 fn frames(disk: &MemoryDisk) -> Vec<(usize, u64)> {
     let bytes = disk.get(FIRST).unwrap();
-    let (mut at, mut found) = (4096, vec![]);
-    while let Ok((frame, length)) = Seal::new(u64::MAX - 1).read(&bytes[at..]) {
+    let read = |at: usize| Seal::new(u64::MAX - 1).read(&bytes[at..]).ok();
+    let (mut at, mut found) = (4096usize, vec![]);
+    loop {
+        let next = at.next_multiple_of(4096);
+        if read(at).is_none() && read(next).is_some() {
+            at = next;
+        }
+        let Some((frame, length)) = read(at) else { break };
         found.push((at, frame.synced));
         at += HEAD_BYTES + length;
     }
     found.push((at, 0));
     found
+}
+
+/// A frame that is gone was safe if a later one says so.
+fn was_safe(frames: &[(usize, u64)], frame: usize) -> bool {
+    frames[frame + 1..].iter().any(|(_, synced)| *synced > frame as u64)
+}
+
+#[test]
+fn a_write_that_is_gone_is_damage_if_it_was_safe() {
+    for (disk, states) in [units(), side_by_side()] {
+        let whole = disk.get(FIRST).unwrap();
+        let frames = frames(&disk);
+        for (frame, pair) in frames.windows(2).enumerate() {
+            let disk = disk.copy();
+            let mut bytes = whole.clone();
+            bytes[pair[0].0..pair[1].0].fill(0);
+            disk.put(FIRST, &bytes);
+            match open(&disk) {
+                Ok(dir) => {
+                    assert!(!was_safe(&frames, frame), "frame {frame}");
+                    assert!(states.contains(&restore(&dir, 1).unwrap()));
+                }
+                Err(problem) => assert!(was_safe(&frames, frame), "frame {frame}: {problem}"),
+            }
+        }
+    }
+}
+
+/// Nothing is read where nothing was written: what is there does not matter.
+#[test]
+fn what_is_left_out_may_be_anything() {
+    let (disk, states) = side_by_side();
+    let mut bytes = disk.get(FIRST).unwrap();
+    let frames = frames(&disk);
+    let mut left_out = 0;
+    for pair in frames.windows(2) {
+        let length = u32::from_le_bytes(bytes[pair[0].0 + 8..][..4].try_into().unwrap());
+        let end = pair[0].0 + HEAD_BYTES + length as usize;
+        bytes[end..pair[1].0].fill(b'x');
+        left_out += usize::from(end < pair[1].0);
+    }
+    assert_eq!(left_out, 3);
+    disk.put(FIRST, &bytes);
+    assert_eq!(restore(&open(&disk).unwrap(), 1).unwrap(), *states.last().unwrap());
 }
 
 #[test]

@@ -457,8 +457,8 @@ impl Engine {
 
     // ---- the disk ----
 
-    /// What the thread for this core's files is to do next. To be asked each turn until there is nothing; each is answered by
-    /// [`Engine::disk_done`], in order.
+    /// What is to be done with this core's files next. To be asked each turn until there is nothing; each is answered by
+    /// [`Engine::disk_done`], those of the log in order.
     pub fn disk_job(&mut self) -> Option<Job> {
         self.log_job().or_else(|| self.image_job())
     }

@@ -46,6 +46,8 @@ pub struct Writer {
     buffers: Vec<Vec<Block>>,
     /// Somebody was told that the next segment will be needed.
     told_of_next: bool,
+    /// Why the log takes nothing more.
+    failed: Option<String>,
 }
 
 impl std::fmt::Debug for Writer {
@@ -100,18 +102,13 @@ impl Writer {
             under_way: 0,
             buffers: vec![],
             told_of_next: false,
+            failed: None,
         })
     }
 
     /// The file of the segment.
     pub fn file(&self) -> &dyn File {
         &*self.file
-    }
-
-    /// Why the log takes nothing more after this.
-    pub fn failed(&self, what: &str, error: &std::io::Error) -> String {
-        let path = name(&self.place, self.head.number).path();
-        self.place.failed(what, &path, error)
     }
 
     /// The next segment will be needed soon; true once for each.
@@ -124,7 +121,8 @@ impl Writer {
     /// enough: see the module's text.
     pub fn begin(&mut self, chunks: &[Chunk], ends: bool) -> Option<Write> {
         if self.under_way > 0 && self.filled > 0 && !self.dirty {
-            // The disk has the block that is not full: whoever writes it once more now may be overtaken.
+            // The disk has the block that is not full: whoever writes it once more now may be overtaken. Should the rest of this be for
+            // somebody else to do, that begins in the next block, too.
             self.base += BLOCK_BYTES as u64;
             self.filled = 0;
         }
@@ -132,16 +130,15 @@ impl Writer {
         let bytes: usize = sizes.clone().map(|size| size + HEAD_BYTES).sum();
         let fits = self.base + (self.filled + bytes) as u64 <= self.head.bytes && self.filled + bytes <= WRITE_BYTES;
         let one_frame_each = sizes.max().is_some_and(|size| size <= self.body_bytes_max());
-        if self.dirty || self.unsynced || !fits || !one_frame_each {
+        if self.failed.is_some() || self.dirty || self.unsynced || !fits || !one_frame_each {
             return None;
         }
-        self.unit = (self.sequence, self.position);
         for (number, chunk) in chunks.iter().enumerate() {
+            debug_assert_eq!(chunk.position, self.position, "a gap between chunks");
             let last = number + 1 == chunks.len();
             self.put(chunk, flags(chunk, last, ends), &chunk.effects);
             self.closed = chunk.closed;
         }
-        self.unit = (self.sequence, self.position);
         let (offset, bytes) = self.seal();
         let mut next = self.buffers.pop().unwrap_or_default();
         if let Some(last) = self.advance() {
@@ -158,16 +155,32 @@ impl Writer {
         })
     }
 
-    /// What was begun is safe, and so is all that was begun before it.
-    pub fn end(&mut self, write: Write) {
-        self.synced = write.end;
+    /// The first of those that were begun is safe, or is not known to be: then the log takes nothing more, and all that were begun
+    /// later fail as well.
+    ///
+    /// # Errors
+    /// Why it takes nothing more.
+    pub fn end(&mut self, write: Write, written: std::io::Result<()>) -> Result<(), String> {
         self.under_way -= 1;
+        if let Err(error) = written {
+            self.fail("write to", &error);
+        }
+        if let Some(why) = &self.failed {
+            return Err(why.clone());
+        }
+        self.synced = write.end;
         if self.buffers.len() < BUFFERS_KEPT_MAX && write.blocks.len() <= BUFFER_KEPT_BLOCKS_MAX {
             self.buffers.push(write.blocks);
         }
+        Ok(())
     }
 
-    /// Writes a unit: all of it, or, after a crash, nothing. Waits until that is done.
+    /// Why the log takes nothing more.
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    /// Writes a unit: all of it, or, after a crash, nothing. Waits until that is done. When it fails, so does all that follows.
     pub(super) fn append(
         &mut self,
         segments: &mut Segments,
@@ -175,6 +188,19 @@ impl Writer {
         sync: bool,
         ends: bool,
     ) -> Result<(), String> {
+        debug_assert_eq!(
+            self.under_way, 0,
+            "the disk is at a block that would be written once more"
+        );
+        if self.failed.is_none()
+            && let Err(why) = self.append_all(segments, chunks, sync, ends)
+        {
+            self.failed = Some(why);
+        }
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn append_all(&mut self, segments: &mut Segments, chunks: &[Chunk], sync: bool, ends: bool) -> Result<(), String> {
         self.unit = (self.sequence, self.position);
         for (number, chunk) in chunks.iter().enumerate() {
             debug_assert_eq!(chunk.position, self.position, "a gap between chunks");
@@ -197,7 +223,18 @@ impl Writer {
         Ok(())
     }
 
-    /// A frame has room in a segment.
+    fn why(&self, what: &str, error: &std::io::Error) -> String {
+        let path = name(&self.place, self.head.number).path();
+        self.place.failed(what, &path, error)
+    }
+
+    fn fail(&mut self, what: &str, error: &std::io::Error) {
+        if self.failed.is_none() {
+            self.failed = Some(self.why(what, error));
+        }
+    }
+
+    /// What fits into a frame, and with it into a segment.
     fn body_bytes_max(&self) -> usize {
         let room = (self.head.bytes - FRAMES_AT) as usize - HEAD_BYTES;
         frame::BODY_BYTES_MAX.min(room)
@@ -266,7 +303,7 @@ impl Writer {
         let (offset, end) = self.seal();
         let bytes: &[u8] = bytemuck::cast_slice(&self.buffer);
         let written = self.file.write_at(offset, &bytes[..end]);
-        written.map_err(|error| self.failed("write to", &error))?;
+        written.map_err(|error| self.why("write to", &error))?;
         if let Some(last) = self.advance() {
             self.buffer[0] = self.buffer[last];
         }
@@ -278,7 +315,7 @@ impl Writer {
     fn sync(&mut self) -> Result<(), String> {
         if self.unsynced {
             let synced = self.file.sync();
-            synced.map_err(|error| self.failed("make safe", &error))?;
+            synced.map_err(|error| self.why("make safe", &error))?;
             self.unsynced = false;
         }
         self.synced = self.sequence;

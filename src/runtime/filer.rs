@@ -37,7 +37,8 @@ struct Writing {
     write: Write,
     /// So many bytes of it are written.
     written: usize,
-    is_done: bool,
+    /// That it is safe, or why that is not known.
+    answer: Option<Result<()>>,
     /// To be used again.
     buffers: Vec<Vec<u8>>,
 }
@@ -119,28 +120,33 @@ impl Filer {
         while let Some((number, result)) = net.next_written() {
             self.wrote(number, result, net);
         }
-        while self.writes.front().is_some_and(|writing| writing.is_done)
-            && let Some(Writing { write, buffers, .. }) = self.writes.pop_front()
+        while self.writes.front().is_some_and(|writing| writing.answer.is_some())
+            && let Some(Writing {
+                write,
+                buffers,
+                answer: Some(result),
+                ..
+            }) = self.writes.pop_front()
         {
             self.first_write = self.first_write.wrapping_add(1);
-            if let Some(writer) = &mut self.writer {
-                writer.end(write);
+            let ended = match &mut self.writer {
+                Some(writer) => writer.end(write, result),
+                None => Err(NO_THREAD.to_owned()),
+            };
+            match ended {
+                Ok(()) => self.done.push_back(Done::Logged { buffers, synced: true }),
+                Err(why) => self.fail(&why),
             }
-            let synced = true;
-            self.done.push_back(match &self.log_failed {
-                None => Done::Logged { buffers, synced },
-                Some(why) => failed(why),
-            });
         }
         while let Ok((done, writer)) = self.answers.try_recv() {
             self.tasked -= 1;
             if writer.is_some() {
                 self.writer = writer;
             }
-            if let Done::Failed { log: true, why } = &done {
-                self.log_failed.get_or_insert_with(|| why.clone());
+            match done {
+                Done::Failed { log: true, why } => self.fail(&why),
+                other => self.done.push_back(other),
             }
-            self.done.push_back(done);
         }
         self.begin_waiting(net);
         self.done.pop_front()
@@ -171,8 +177,8 @@ impl Filer {
 
     /// Begins a job of the log; gives it back when the thread has the writer, or is to have it when the ring has done what it is at.
     fn begin(&mut self, job: Job, net: &mut Net) -> std::result::Result<(), Job> {
-        if let Some(why) = &self.log_failed {
-            self.done.push_back(failed(why));
+        if let Some(why) = self.log_failed.clone() {
+            self.fail(&why);
             return Ok(());
         }
         let Some(mut writer) = self.writer.take() else {
@@ -196,15 +202,14 @@ impl Filer {
                 self.writes.push_back(Writing {
                     write,
                     written: 0,
-                    is_done: false,
+                    answer: None,
                     buffers: chunks.into_iter().map(|chunk| chunk.effects).collect(),
                 });
                 self.write(self.writes.len() - 1, net);
             }
             (_, job) if self.writes.is_empty() => {
                 if !self.hand_over(Task::Log(job, writer)) {
-                    self.done.push_back(failed(NO_THREAD));
-                    self.log_failed = Some(NO_THREAD.to_owned());
+                    self.fail(NO_THREAD);
                 }
             }
             (_, job) => {
@@ -215,12 +220,22 @@ impl Filer {
         Ok(())
     }
 
+    /// A job of the log has failed: it takes nothing more.
+    fn fail(&mut self, why: &str) {
+        let why = self.log_failed.get_or_insert_with(|| why.to_owned()).clone();
+        self.done.push_back(Done::Failed { log: true, why });
+    }
+
     /// Has the ring write what is left of a write.
     fn write(&mut self, at: usize, net: &mut Net) {
-        let Some(file) = self.writer.as_ref().and_then(|writer| writer.file().descriptor()) else {
+        let file = self.writer.as_ref().and_then(|writer| writer.file().descriptor());
+        let Writing {
+            write, written, answer, ..
+        } = &mut self.writes[at];
+        let Some(file) = file else {
+            *answer = Some(Err(ErrorKind::Unsupported.into()));
             return;
         };
-        let Writing { write, written, .. } = &self.writes[at];
         let (bytes, offset) = (&write.bytes()[*written..], write.offset() + *written as u64);
         // SAFETY: the bytes are in a buffer that `writes` has until the ring has answered, and nobody changes; the file is open, because
         // the writer takes another one only in the thread, which gets it when no write is under way.
@@ -234,9 +249,9 @@ impl Filer {
             return;
         };
         let left = &writing.write.bytes()[writing.written..];
-        let mut error = match result {
+        let error = match result {
             1.. if result as usize >= left.len() => {
-                writing.is_done = true;
+                writing.answer = Some(Ok(()));
                 return;
             }
             1.. => {
@@ -247,19 +262,15 @@ impl Filer {
             _ if matches!(-result, libc::EINTR | libc::EAGAIN) => return self.write(at, net),
             _ => Error::from_raw_os_error(-result),
         };
-        writing.is_done = true;
         if is_refusal(&error) {
             // This once the core waits itself; the thread finds out what the file system will do.
             self.by_ring = false;
             let offset = writing.write.offset() + writing.written as u64;
             let file = writer.file();
-            match file.write_at(offset, left).and_then(|()| file.sync()) {
-                Ok(()) => return,
-                Err(cause) => error = cause,
-            }
+            writing.answer = Some(file.write_at(offset, left).and_then(|()| file.sync()));
+        } else {
+            writing.answer = Some(Err(error));
         }
-        let why = writer.failed("write to", &error);
-        self.log_failed.get_or_insert(why);
     }
 }
 
@@ -276,13 +287,6 @@ impl Drop for Filer {
 }
 
 const NO_THREAD: &str = "the thread for files does not take a job";
-
-fn failed(why: &str) -> Done {
-    Done::Failed {
-        log: true,
-        why: why.to_owned(),
-    }
-}
 
 /// Does tasks until nobody can send any more and none waits.
 fn work(mut keeper: Keeper, to_do: &Receiver<Task>, tell: &SyncSender<Answer>, bell: &dyn Fn()) {
@@ -458,6 +462,46 @@ mod tests {
             assert!(why.contains("00000001-0000-00000000.log: Input/output error"), "{why}");
         }
         assert_eq!(filer.pending(), 0);
+    }
+
+    /// Of two writes that are under way the first is told first, whichever is done first; and nothing counts behind one that failed.
+    #[test]
+    fn two_writes_are_told_in_order() {
+        let eio = -libc::EIO;
+        for (answers, told) in [
+            ([(1, 4096), (0, 4096)], [true, true]),
+            ([(1, 4096), (0, eio)], [false, false]),
+            ([(0, eio), (1, 4096)], [false, false]),
+            ([(1, eio), (0, 4096)], [true, false]),
+            ([(1, -libc::EINVAL), (0, -libc::EINVAL)], [true, true]),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let (mut filer, mut net) = (begin(&folder), net());
+            let mut log = Log::new(1);
+            for key in [b"one", b"two"] {
+                filer.submit(job(&mut log, key, true, false), &mut net);
+            }
+            hush(&mut net, 2);
+            for (number, (write, answer)) in answers.into_iter().enumerate() {
+                filer.wrote(write, answer, &mut net);
+                assert!(number == 1 || write == 0 || filer.poll(&mut net).is_none());
+            }
+            for is_safe in told {
+                let done = next(&mut filer, &mut net);
+                assert_eq!(matches!(done, Done::Logged { synced: true, .. }), is_safe, "{done:?}");
+                assert_eq!(matches!(done, Done::Failed { log: true, .. }), !is_safe, "{done:?}");
+            }
+            filer.submit(job(&mut log, b"end", true, true), &mut net);
+            let goes_on = told == [true; 2];
+            assert_eq!(
+                matches!(next(&mut filer, &mut net), Done::Logged { synced: true, .. }),
+                goes_on
+            );
+            drop(filer);
+            if goes_on {
+                assert_eq!(keys(&folder), [b"one", b"two", b"end"]);
+            }
+        }
     }
 
     /// A write of which a part was done goes on where that ended, and one that a signal came upon is tried again.

@@ -609,9 +609,9 @@ impl Net {
         self.written.pop_front()
     }
 
-    /// Waits for nothing but writes: what else has completed stays.
+    /// Collects what was written; what else has completed stays. Waits a moment for something.
     pub(super) fn collect_written(&mut self) {
-        self.turn();
+        self.wait(Some(Duration::from_millis(1)));
         let Self { completed, written, .. } = self;
         completed.retain(|entry| {
             let is_write = entry.user_data() & 0xff == tag::WRITE;

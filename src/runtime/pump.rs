@@ -154,6 +154,8 @@ fn give_jobs(engine: &mut Engine, files: &mut Option<Filer>, net: &mut Net, shar
     while let Some(job) = engine.disk_job() {
         filer.submit(job, net);
     }
+    // What could not even be begun.
+    take_done(engine, files, net);
 }
 
 /// Writes the end of the log. `all_quiet`: no core has anything under way any more, but for what its disk is at.
@@ -172,7 +174,6 @@ fn finish_jobs(engine: &mut Engine, files: &mut Option<Filer>, net: &mut Net) {
     while files.as_ref().is_some_and(|filer| filer.pending() > 0) {
         net.collect_written();
         take_done(engine, files, net);
-        std::thread::yield_now();
     }
 }
 

@@ -470,6 +470,10 @@ impl Lives {
         for (name, count) in sums {
             *self.met.entry(name).or_default() += count;
         }
+        let files = self.simulation.cluster.files.as_ref();
+        let (beside, overtook) = files.map_or((0, 0), Files::beside_and_overtook);
+        self.meet("writes_beside_others", beside);
+        self.meet("overtaken_writes", overtook);
         let (logs, images) = [("log"), ("images")]
             .map(|folder| self.disk.list(folder).unwrap_or_default())
             .into();

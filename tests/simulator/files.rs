@@ -47,7 +47,9 @@ struct Faulty {
     writer: Option<Box<Writer>>,
     /// These, and how each went that has come to the disk: one may overtake another.
     writes: VecDeque<(Write, Option<std::io::Result<()>>)>,
-    log_failed: Option<String>,
+    /// How often one was begun while another was under way, and how often it was done before that.
+    beside: u64,
+    overtook: u64,
     fault: Option<Fault>,
     random: Random,
 }
@@ -112,6 +114,7 @@ impl Keep for Faulty {
             return Err(job);
         };
         let write = writer.begin(chunks, *ends);
+        self.beside += u64::from(write.is_some() && !self.writes.is_empty());
         let begun = write.map(|write| self.writes.push_back((write, None)));
         if begun.is_some() && writer.needs_next() {
             self.keeper.need_next();
@@ -131,19 +134,12 @@ impl Keep for Faulty {
         self.write(0);
         let (write, written) = self.writes.pop_front()?;
         let mut writer = self.writer.take()?;
-        if let Err(error) = written?.and_then(|()| writer.file().sync()) {
-            let why = writer.failed("write to", &error);
-            self.log_failed.get_or_insert(why);
-        }
-        writer.end(write);
+        let ended = writer.end(write, written?.and_then(|()| writer.file().sync()));
         self.put_back(writer);
         let (buffers, synced) = (vec![], true);
-        Some(match &self.log_failed {
-            None => Done::Logged { buffers, synced },
-            Some(why) => Done::Failed {
-                log: true,
-                why: why.clone(),
-            },
+        Some(match ended {
+            Ok(()) => Done::Logged { buffers, synced },
+            Err(why) => Done::Failed { log: true, why },
         })
     }
 
@@ -157,6 +153,7 @@ impl Faulty {
     fn write(&mut self, at: usize) {
         if let (Some(writer), Some((write, written @ None))) = (&self.writer, self.writes.get_mut(at)) {
             *written = Some(writer.file().write_at(write.offset(), write.bytes()));
+            self.overtook += u64::from(self.writes.range(..at).any(|(_, written)| written.is_none()));
         }
     }
 
@@ -228,7 +225,8 @@ impl Files {
                 keeper: dir.keeper(core)?,
                 writer: None,
                 writes: VecDeque::new(),
-                log_failed: None,
+                beside: 0,
+                overtook: 0,
                 fault: options.fault,
                 random: random.fork(),
             });
@@ -297,6 +295,12 @@ impl Files {
         if !self.disk.has_stopped() {
             self.keepers.step(turn);
         }
+    }
+
+    /// How often a write was begun beside another one, and how often one was done before an earlier one.
+    pub fn beside_and_overtook(&self) -> (u64, u64) {
+        let counts = self.keepers.keeps().map(|keep| (keep.beside, keep.overtook));
+        counts.fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
     }
 
     /// Nothing is to be done or told.

@@ -135,6 +135,11 @@ impl<K: Keep> Keepers<K> {
         news.pop_front().map(|(_, done)| done)
     }
 
+    /// Who does the jobs of each core.
+    pub fn keeps(&self) -> impl Iterator<Item = &K> {
+        self.keepers.iter().map(|keeper| &keeper.keep)
+    }
+
     /// Nothing is to be done or told.
     pub fn is_empty(&self) -> bool {
         let mut keepers = self.keepers.iter();
