@@ -36,23 +36,35 @@ fn directory() -> MemoryDisk {
         dir.keeper(0).ok()
     });
     let mut log = Log::new(1);
+    let mut unit = |number: u8| {
+        log.put(&Image {
+            key: &[number],
+            value: VALUE,
+            flags: 0,
+            deadline: Deadline::Never,
+            state: 0,
+        });
+        log.take(Default::default())
+    };
     if let Some(mut keeper) = begun {
-        for unit in 0..6u8 {
-            let image = Image {
-                key: &[unit],
-                value: VALUE,
-                flags: 0,
-                deadline: Deadline::Never,
-                state: 0,
-            };
-            log.put(&image);
-            let chunks = log.take(Default::default());
-            keeper.run(Job::Log {
-                chunks,
-                sync: unit % 2 == 0,
-                ends: false,
-            });
+        let job = |chunks, sync| Job::Log {
+            chunks,
+            sync,
+            ends: false,
+        };
+        for number in 0..7 {
+            keeper.run(job(unit(number), number % 2 == 0));
         }
+        // Two that are under way together: the second begins in a block of its own.
+        if let Some(mut writer) = keeper.lend() {
+            let writes = [unit(7), unit(8)].map(|chunks| writer.begin(&chunks, false));
+            for write in writes.into_iter().flatten() {
+                let written = writer.file().write_at(write.offset(), write.bytes());
+                let _ = writer.end(write, written);
+            }
+            keeper.give_back(writer);
+        }
+        keeper.run(job(unit(9), true));
     }
     disk
 }
