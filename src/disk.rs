@@ -1,9 +1,9 @@
 //! The files of a data directory, as far as this program uses files: the seam at which a test puts another disk.
 //!
 //! All calls wait. They are made while the server starts, and by the thread that each core has for its files. The core's own ring may
-//! write past this seam, to the file that [`File::descriptor`] names. What they promise is
-//! what a file system promises, and no more: bytes are safe when [`File::sync`] has returned, a name is safe when
-//! [`Disk::sync_dir`] has returned after it was given, and what is not safe may be there after a crash, or not, or in part.
+//! write past this seam, to the file that [`File::descriptor`] names. What they promise is what a file system promises, and no more:
+//! bytes are safe when [`File::sync`] has returned, a name is safe when [`Disk::sync_dir`] has returned after it was given, and what is
+//! not safe may be there after a crash, or not, or in part.
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod memory;

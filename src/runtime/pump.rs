@@ -247,6 +247,7 @@ pub(super) async fn run(
             if files.is_some() {
                 give_jobs(&mut engine, &mut files, &mut net, &shared);
                 mesh.send(&mut engine);
+                net.look_after(&mut engine, &mut gateway);
                 let asked = shared.snapshots.load(Ordering::Relaxed);
                 if asked != snapshots && starting.is_none() {
                     snapshots = asked;
